@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'ground_positions', 'sincos', 'patchify', 'take', 'Stem', 'band_colour', 'adapt_stem', 'create_vit',
            'MultiModalViT', 'attention_mask', 'token_shares']
 
-# %% ../nbs/40_encoders.ipynb #00000002
+# %% ../nbs/40_encoders.ipynb #00000003
 import copy, difflib, math
 import timm, torch
 from fastcore.basics import patch
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from .modalities import DataError, Modality, preset
 
-# %% ../nbs/40_encoders.ipynb #00000005
+# %% ../nbs/40_encoders.ipynb #00000006
 def ground_positions(
     grid:tuple,          # (gh, gw) tokens
     token:float=1.,      # size of these tokens in units of the encoder's own; 2. = twice as coarse
@@ -27,7 +27,7 @@ def ground_positions(
     y, x = [(torch.arange(n, device=device, dtype=torch.float32) + .5) * token - .5 for n in grid]
     return torch.stack(torch.meshgrid(y, x, indexing='ij'), -1).flatten(0, 1)
 
-# %% ../nbs/40_encoders.ipynb #00000009
+# %% ../nbs/40_encoders.ipynb #0000000a
 def sincos(
     positions:Tensor,    # (N, 2) row and column, need not be integers
     dim:int,             # width of the code, a multiple of 4
@@ -38,7 +38,7 @@ def sincos(
     angle = positions[:, :, None] * wave
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(1)
 
-# %% ../nbs/40_encoders.ipynb #0000000f
+# %% ../nbs/40_encoders.ipynb #00000010
 def patchify(
     x:Tensor,            # (B, C, H, W)
     patch:int,           # side, px
@@ -55,7 +55,7 @@ def take(
     "The rows at `index`, per sample."
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
-# %% ../nbs/40_encoders.ipynb #00000010
+# %% ../nbs/40_encoders.ipynb #00000011
 class Stem(nn.Module):
     "Patch embedding of one modality."
     def __init__(self,
@@ -70,7 +70,7 @@ class Stem(nn.Module):
         self.norm = norm or nn.Identity()
     def forward(self, patches): return self.norm(F.linear(patches, self.proj.weight.flatten(1), self.proj.bias))
 
-# %% ../nbs/40_encoders.ipynb #00000014
+# %% ../nbs/40_encoders.ipynb #00000015
 COLOURS = dict(red=(0, (620, 690)), green=(1, (520, 600)), blue=(2, (450, 520)))   # RGB channel, nanometres
 
 def band_colour(band) -> int|None:
@@ -90,7 +90,7 @@ def adapt_stem(
     w = torch.stack([weight.mean(1) if c is None else weight[:, c] for c in colours], 1)
     return w * (weight.shape[1] / w.shape[1])
 
-# %% ../nbs/40_encoders.ipynb #00000019
+# %% ../nbs/40_encoders.ipynb #0000001a
 def _misfit(vit) -> str|None:
     "Why a model cannot be used, or None."
     if type(vit) is not VisionTransformer: return f'is a {type(vit).__name__}, not a plain VisionTransformer'
@@ -120,7 +120,7 @@ def create_vit(
     if problem: raise DataError(f'encoder {shown!r} {problem}', fix='A name that works: vit_small_patch16_224.')
     return vit
 
-# %% ../nbs/40_encoders.ipynb #0000001c
+# %% ../nbs/40_encoders.ipynb #0000001d
 def _init_linear(m):
     "Xavier-uniform weights (a convolution counts as the matrix it is), zero bias."
     if not isinstance(m, (nn.Linear, nn.Conv2d)): return
@@ -136,7 +136,7 @@ def _stem_from(old:PatchEmbed, modality:Modality, patch:int, adapt:bool) -> Stem
         if old.proj.bias is not None: stem.proj.bias.data.copy_(old.proj.bias.data)
     return stem
 
-# %% ../nbs/40_encoders.ipynb #0000001d
+# %% ../nbs/40_encoders.ipynb #0000001e
 class MultiModalViT(nn.Module):
     "A timm vision transformer shared by all modalities, with a stem for each."
     def __init__(self,
@@ -170,7 +170,7 @@ class MultiModalViT(nn.Module):
 
     def stem(self, mod): return self.stems['shared' if self.shared_stem else mod]
 
-# %% ../nbs/40_encoders.ipynb #00000021
+# %% ../nbs/40_encoders.ipynb #00000022
 @patch
 def grid(self:MultiModalViT, mod:str, size:tuple) -> tuple:
     "(gh, gw) tokens for an image of `size` (H, W) px."
@@ -188,7 +188,7 @@ def tile_multiple(self:MultiModalViT) -> int:
     gsd = self.modalities[self.anchor].gsd
     return math.lcm(*(max(1, round(p * self.modalities[m].gsd / gsd)) for m, p in self.patch_size.items()))
 
-# %% ../nbs/40_encoders.ipynb #00000024
+# %% ../nbs/40_encoders.ipynb #00000025
 @patch
 def positions(self:MultiModalViT,
     mod:str,                 # modality
@@ -217,7 +217,7 @@ def patches(self:MultiModalViT, x:Tensor, mod:str) -> Tensor:
     if self.training: self.sizes[mod] = tuple(x.shape[-2:])
     return patchify(x, self.patch_size[mod])
 
-# %% ../nbs/40_encoders.ipynb #00000025
+# %% ../nbs/40_encoders.ipynb #00000026
 @patch
 def tokens(self:MultiModalViT,
     patches:Tensor,          # (B, N, C*p*p) from `patches`
@@ -236,7 +236,7 @@ def embed(self:MultiModalViT, x:Tensor, mod:str, gsd:float|None=None) -> Tensor:
     "(B, C, H, W) normalised -> (B, N, D) tokens with positions, before the transformer."
     return self.tokens(self.patches(x, mod), mod, self.grid(mod, x.shape[-2:]), gsd=gsd)
 
-# %% ../nbs/40_encoders.ipynb #0000002a
+# %% ../nbs/40_encoders.ipynb #0000002b
 def attention_mask(
     key_valid:Tensor,        # (B, L) bool, True = may be attended to
 ) -> Tensor:                 # (B, 1, 1, L), the same for all heads and queries
@@ -269,7 +269,7 @@ def forward(self:MultiModalViT,
     "Encode one modality."
     return self.trunk(self.tokens(self.patches(x, mod), mod, self.grid(mod, x.shape[-2:]), visible, gsd), key_valid)
 
-# %% ../nbs/40_encoders.ipynb #00000032
+# %% ../nbs/40_encoders.ipynb #00000033
 @patch
 def timm_state(self:MultiModalViT,
     mod:str,                 # the modality whose stem becomes `patch_embed`
@@ -281,7 +281,7 @@ def timm_state(self:MultiModalViT,
     stem = {f'patch_embed.{k}': v for k, v in self.stem(mod).state_dict().items()}
     return {**vit.state_dict(), **stem, 'pos_embed': F.pad(pos, (0, 0, prefix, 0))[None]}
 
-# %% ../nbs/40_encoders.ipynb #00000035
+# %% ../nbs/40_encoders.ipynb #00000036
 def token_shares(
     valid:Tensor,                # (B, 1, H, W) bool
     patch:int,                   # px

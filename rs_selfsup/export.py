@@ -31,7 +31,12 @@ def timm_settings(
 
 def _plain(o): return o.tolist() if hasattr(o, 'tolist') else list(o) if isinstance(o, (tuple, set)) else vars(o)
 
-def _header(encoder, modality, size, stats, config) -> dict:
+def _recipe(normalize, m) -> dict:
+    "How a `Normalize` makes z-scores of a modality: (physical - mean) / std, surface models after subtracting the tile's own mean."
+    mean, std = (normalize.const(m, k, torch.empty(0)).flatten().tolist() for k in ('mean', 'std'))
+    return dict(mean=mean, std=std, minus_tile_mean=m in getattr(normalize, 'relief', ()))
+
+def _header(encoder, modality, size, stats, config, normalize=None) -> dict:
     "What the file says about itself."
     mods = encoder.modalities if modality == 'all' else {modality: encoder.modalities[modality]}
     anchor = encoder.anchor if modality == 'all' else modality
@@ -39,7 +44,8 @@ def _header(encoder, modality, size, stats, config) -> dict:
                 modalities={m: mod.to_dict() for m, mod in mods.items()}, patch_size={m: encoder.patch_size[m] for m in mods},
                 sizes={m: size if m == modality else encoder.sizes[m] for m in mods}, token_size_m=encoder.token_size_m,
                 shared_stem=encoder.shared_stem, timm_name=encoder.name, timm_kw=encoder.timm_kw,
-                timm_settings=timm_settings(encoder, anchor, size), stats=stats and {m: stats[m] for m in mods if m in stats}, config=config)
+                timm_settings=timm_settings(encoder, anchor, size), stats=stats and {m: stats[m] for m in mods if m in stats}, config=config,
+                normalize=normalize and {m: _recipe(normalize, m) for m in mods if m in normalize.modalities})
 
 # %% ../nbs/63_export.ipynb #00000006
 def export_encoder(
@@ -49,6 +55,7 @@ def export_encoder(
     stats:dict|None=None,    # modality -> statistics of the training tiles, physical units
     config:dict|None=None,   # how it was trained: anything JSON can hold
     size:tuple|None=None,    # (H, W) px of the position table; None = as last trained
+    normalize=None,          # the `Normalize` it was trained with: written down as mean, std and whether the tile's mean goes first
 ) -> Path:
     "Write an encoder to a safetensors file."
     m = encoder.anchor if modality in (None, 'all') else modality
@@ -60,7 +67,7 @@ def export_encoder(
     if report.missing or report.unexpected:
         raise DataError(f'timm builds {encoder.name!r} otherwise than this encoder ({report})', path, fix='Build the encoder from a timm name and settings.')
     if modality == 'all': state = encoder.state_dict()
-    try: header = json.dumps(_header(encoder, modality or m, size, stats, config), default=_plain)
+    try: header = json.dumps(_header(encoder, modality or m, size, stats, config, normalize), default=_plain)
     except TypeError as e: raise DataError(f'a setting cannot be written as JSON: {e}', path, fix='Pass numbers, strings, lists and dicts.') from e
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}')
@@ -102,7 +109,8 @@ def load_weights(
 ) -> LoadReport:
     "Load what matches, or fail when too little does."
     report = compare(model, state, ignore)
-    if report.share < min_share: raise DataError(f'the weights do not fit the model, {report}', file, fix='Build the model with the settings in the file.')
+    if report.share < min_share:
+        raise DataError(f'the weights do not fit the model, {report}', file, fix='Build the model with the settings in the file.')
     model.load_state_dict({k: state[k] for k in report.matched}, strict=False)
     return report
 
@@ -115,7 +123,7 @@ def _raw_header(path:Path) -> dict:
         head = f.read(9)
         n = int.from_bytes(head[:8], 'little')
         if head[:2] in (b'PK', b'\x80\x02', b'\x80\x03', b'\x80\x04', b'\x80\x05'):
-            raise DataError('a pickled checkpoint, which could run code when opened', path, fix='Ask for a .safetensors file, or convert it where you trust it.')
+            raise DataError('a pickled checkpoint, which could run code when opened', path, fix='Ask for a .safetensors file, or convert it.')
         if size < 9 and (not head or n < 1 << 27): raise DataError(f'cut short: {size} bytes', path, fix='Fetch or write it again.')
         if head[8:] != b'{' or n > 1 << 27: raise DataError('not a safetensors file', path, fix='Pass a file written by export_encoder or timm.')
         f.seek(8)
@@ -147,7 +155,7 @@ def read_header(
 # %% ../nbs/63_export.ipynb #0000000c
 def load_encoder(
     path,                    # a file written by `export_encoder`, for one modality or all
-) -> MultiModalViT:          # with .load_report, .stats and .config
+) -> MultiModalViT:          # with .load_report, .stats, .config and .recipe (normalisation)
     "The encoder in a file, ready for any image size."
     h, state = read_header(path), read_state(path)
     mods = {m: Modality.from_dict(d) for m, d in h['modalities'].items()}
@@ -157,8 +165,10 @@ def load_encoder(
     enc.sizes = {m: tuple(s) for m, s in h['sizes'].items()}
     if h['modality'] != 'all':
         stem = 'shared' if h['shared_stem'] else a
-        state = {k.replace('patch_embed.', f'stems.{stem}.') if k.startswith('patch_embed.') else f'vit.{k}': v for k, v in state.items() if k != 'pos_embed'}
-    enc.load_report, enc.stats, enc.config = load_weights(enc, state, file=path), h['stats'], h['config']
+        place = lambda k: k.replace('patch_embed.', f'stems.{stem}.') if k.startswith('patch_embed.') else f'vit.{k}'
+        state = {place(k): v for k, v in state.items() if k != 'pos_embed'}
+    enc.load_report = load_weights(enc, state, file=path)
+    enc.stats, enc.config, enc.recipe = h['stats'], h['config'], h.get('normalize')
     return enc.eval()
 
 def create_timm(

@@ -18,6 +18,8 @@ from pathlib import Path
 from common import LIB, NBS, ROOT, Failed, notebooks, python_files, run, settings, tail, tool
 
 WORKERS = 2
+# a path of somebody's machine: this tree, a home folder, or an absolute path into an environment or the package
+PRIVATE = rf"{re.escape(str(ROOT))}\b|(?<![\w.:/-])/(root|home/\w+|Users/\w+)/[\w./-]*|(?<![\w.:/-])/[\w./-]+/(site-packages|{LIB.name}|nbs)/[\w./-]*"
 summaries = []  # pytest's closing line, printed once more at the very end
 
 
@@ -48,7 +50,7 @@ def check_clean():
                 [o.get("text", "") for o in outputs]
                 + [v for o in outputs for k, v in o.get("data", {}).items() if not k.startswith("image")]
             )
-            if found := re.search(rf"{re.escape(str(ROOT))}\b|(?<![\w.])/(root|home/\w+|Users/\w+)/[\w./-]*", text):
+            if found := re.search(PRIVATE, text):
                 problems.append(f"{where} stores a path of somebody's machine: {found.group()}")
     if problems:
         raise Failed("stored outputs that must not be published:\n" + "\n".join("  " + p for p in problems))

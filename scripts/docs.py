@@ -17,7 +17,7 @@ import sys
 from importlib import resources
 
 import yaml
-from common import LIB, NBS, ROOT, notebooks, settings, tail
+from common import LIB, NBS, ROOT, notebooks, run, settings, tail
 
 PROC = ROOT / "_proc"  # nbdev's cache of processed notebooks
 PAGES = PROC / "_mkdocs"  # the Markdown that MkDocs reads
@@ -32,6 +32,8 @@ DECADES = [
 ]
 ABOUT = {"CONTRIBUTING.md": "about/contributing.md", "CHANGELOG.md": "about/changelog.md"}
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s]+)((?:\s+\"[^\"]*\")?\))(\{target=[^}]*\})?")
+
+SHOWN = {}  # page -> the symbols that `show_doc` shows on it, as anchors
 
 
 # -- names --------------------
@@ -53,13 +55,19 @@ def relink(text, page, folder, cfg, pages):
     def one(match):
         before, target, after, _ = match.groups()
         if target.startswith(site):
-            target = target.removeprefix(site)
-            name, _, anchor = target.partition("#")
+            name, _, anchor = target.removeprefix(site).partition("#")
             name = re.sub(r"\.html$", ".md", name) or "index.md"
+            if anchor.rpartition(".")[2].startswith("_") and not anchor.endswith("__"):
+                return before.lstrip("[").removesuffix(
+                    "]("
+                )  # nbdev's index knows private names, the pages do not show them
+            shown = SHOWN.get(name, set())
+            anchor = next((a for a in (anchor, anchor.partition(".")[0]) if a in shown), "")
             return before + relative(name, page) + ("#" + anchor if anchor else "") + after
         if re.match(r"[a-z]+:|#|/", target):
             return before + target + after
         name, _, anchor = target.partition("#")
+        name = re.sub(r"\.html$", ".ipynb", name)
         place = posixpath.normpath(posixpath.join(folder, name))  # from the top of the repository
         tail_ = "#" + anchor if anchor else ""
         if place in pages:
@@ -131,6 +139,12 @@ SIGNATURE = re.compile(r"```python\n+(?:def|class) (\w+)\((.*?)\n\)(?:->(.*?))?:
 PARAMETER = re.compile(r"    (?P<name>\*{0,2}\w+|\*|/)(?::(?P<type>.*?))?(?:=(?P<default>.*?))?,(?: # (?P<about>.*))?")
 
 
+def documented(path):
+    "Symbol -> the processed cell that shows its documentation."
+    cells = json.loads((PROC / path.relative_to(NBS)).read_text(encoding="utf-8"))["cells"]
+    return {m[1]: c for c in cells if (m := re.search(r"^show_doc\(([\w.]+)", joined(c.get("source")), re.M))}
+
+
 def symbol(text):
     "What nbdev's `show_doc` says of a symbol: an anchor as its index names it, and the parameters as a table."
     text = re.sub(r"^---\n+", "", text)
@@ -198,7 +212,7 @@ def page_markdown(path, cfg, pages):
     original = json.loads(path.read_text(encoding="utf-8"))["cells"]
     processed = json.loads((PROC / path.relative_to(NBS)).read_text(encoding="utf-8"))["cells"]
     kept = {c["id"]: c for c in processed if "id" in c and c.get("source") is not None}
-    docs = {m[1]: c for c in processed if (m := re.search(r"^show_doc\(([\w.]+)", joined(c.get("source")), re.M))}
+    docs = documented(path)
     parts, pictures, heading = [], 0, ""
 
     def picture(content, suffix):
@@ -339,56 +353,12 @@ def write(page, text):
     path.write_text(text, encoding="utf-8")
 
 
-def process_notebooks():
-    "nbdev's processing, in a process of its own. (`nbdev_proc_nbs` would fetch Quarto.)"
-    code = "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs(path='nbs', n_workers=2, force=False)"
-    runner = PROC / ".process.py"
-    PROC.mkdir(exist_ok=True)
-    runner.write_text(code)
-    newest = max((p.stat().st_mtime for p in LIB.rglob("*.py")), default=0)
-    for processed in PROC.rglob("*.ipynb"):  # a changed module changes what show_doc prints elsewhere too
-        if processed.stat().st_mtime < newest:
-            processed.unlink()
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, runner],
-        cwd=ROOT,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+def process_notebooks(books):
+    "nbdev's processing, in a process of its own: notebooks -> _proc/."
+    names = [b.relative_to(ROOT) for b in books]
+    done = run([sys.executable, ROOT / "scripts" / "docs_process.py", PROC, *names], env={"OMP_NUM_THREADS": "1"})
     if done.returncode:
         sys.exit(f"docs: nbdev could not process the notebooks:\n{tail(done.stdout, 40)}")
-
-
-def mixed_cells(books):
-    "Cells that import and do something else: nbdev runs every import cell for `show_doc`, with all that is in it."
-    found = []
-    for book in books:
-        for number, cell in enumerate(json.loads(book.read_text(encoding="utf-8"))["cells"]):
-            source = joined(cell["source"])
-            if (
-                cell["cell_type"] != "code"
-                or "nbdev_export(" in source
-                or re.search(r"^#\|\s*(exports?i?\b|eval:\s*false)", source, re.M)
-            ):
-                continue
-            try:
-                nodes = list(ast.walk(ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.M))))
-            except SyntaxError:
-                continue
-            if any(isinstance(n, ast.Import | ast.ImportFrom) for n in nodes) and any(
-                isinstance(n, ast.Expr | ast.Assign) for n in nodes
-            ):
-                found.append(f"  {book.relative_to(ROOT)}, cell {number}: " + source.strip().splitlines()[-1][:90])
-    return (
-        "docs: imports need a cell of their own (the build runs import cells, with all that is in them):\n"
-        + "\n".join(found)
-        if found
-        else ""
-    )
 
 
 def math_font():
@@ -414,14 +384,14 @@ def main():
     cfg, books = settings(), notebooks()
     if not any(b.name == cfg["readme_nb"] for b in books):
         sys.exit("docs: nbs/index.ipynb is missing")
-    complaint = mixed_cells(books)
-    process_notebooks()
+    process_notebooks(books)
     shutil.rmtree(PAGES, ignore_errors=True)
     pages = {b.relative_to(ROOT).as_posix(): page_of(b) for b in books} | ABOUT
     if len(set(pages.values())) != len(pages):
         sys.exit("docs: two notebooks would be the same page (names differ in their number only)")
     for source, page in ABOUT.items():
         write(page, relink((ROOT / source).read_text(encoding="utf-8"), page, "", cfg, pages))
+    SHOWN.update({page_of(b): {name.lower() for name in documented(b)} for b in books})
     for book in books:
         write(page_of(book), page_markdown(book, cfg, pages))
     api = api_pages(cfg, pages)
@@ -453,8 +423,6 @@ def main():
     if done.returncode or "WARNING" in done.stdout:  # (with --quiet, --strict would count nothing)
         said = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("INFO"))
         sys.exit(f"docs: mkdocs warned (mend the notebook of that name):\n{tail(said, 60)}")
-    if complaint:
-        sys.exit(complaint)
     print(f"{len(books)} notebooks, {len(api) - 1} API pages")
 
 

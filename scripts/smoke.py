@@ -16,7 +16,10 @@ NAME = "rs_selfsup"
 # the road: what is called, and what must lie there afterwards
 ROAD = [
     ("synth scenes --n-scenes 2 --size-m 128 --modalities rgb dsm", "scenes/scenes.yaml"),
-    ("build scenes/scenes.yaml tiles --tile 64 --min-valid 0.1 --splits 0.6 0.2 0.2", "tiles/tiles.png"),
+    (
+        "build scenes/scenes.yaml tiles --tile 64 --min-valid 0.1 --splits 0.5 0.25 0.25 --block 32 --buffer 0",
+        "tiles/tiles.png",
+    ),
     (
         "pretrain tiles run --encoder vit_tiny_patch16_224 --epochs 1 --bs 4 --workers 0 --set depth=2",
         "run/encoder.safetensors",

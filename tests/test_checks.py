@@ -217,9 +217,9 @@ def bad_formula(repo):
     add_cell(repo / "nbs" / BOOKS[0], "The value $\\nosuchcommand{x}$.", "markdown")
 
 
-def mixed_imports(repo):
-    "A cell with imports and other code."
-    add_cell(repo / "nbs" / BOOKS[0], "import math\nx = math.pi")
+def undocumentable(repo):
+    "Documentation of something that is not there."
+    add_cell(repo / "nbs" / BOOKS[0], "show_doc(planted_nowhere)")
 
 
 FAULTS = [
@@ -245,7 +245,7 @@ FAULTS = [
     ("docs", broken_anchor, "no-such-heading"),
     ("docs", outside_picture, "from elsewhere"),
     ("docs", bad_formula, "nosuchcommand"),
-    ("docs", mixed_imports, "imports need a cell of their own"),
+    ("docs", undocumentable, "planted_nowhere"),
 ]
 
 

@@ -143,3 +143,15 @@ def test_init_from_an_export(enc, tmp_path):
     init_encoder(new, tmp_path / "e.safetensors")
     for k, v in enc.state_dict().items():
         assert torch.equal(v, new.state_dict()[k]), k
+
+
+def test_the_header_says_how_to_normalise(enc, tmp_path):
+    from rs_selfsup.data.augment import Normalize
+    stats = {m: dict(mean=[7.0] * v.n_bands, std=[2.0] * v.n_bands, p01=[0.0] * v.n_bands, p99=[9.0] * v.n_bands) for m, v in MODS.items()}
+    file = export_encoder(enc, tmp_path / "e.safetensors", modality="all", stats=stats, normalize=Normalize(MODS, stats))
+    recipe = load_encoder(file).recipe
+    assert recipe["s1"] == dict(mean=[7, 7], std=[2, 2], minus_tile_mean=False)
+    x = torch.rand(1, 1, 8, 8) * 9
+    r = recipe["dsm"]
+    y = (x - (x.mean() if r["minus_tile_mean"] else 0) - r["mean"][0]) / r["std"][0]
+    torch.testing.assert_close(Normalize(MODS, stats)(dict(dsm=x))["dsm"], y)

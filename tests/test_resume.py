@@ -31,7 +31,8 @@ def whole_run(folder, accumulate=1, workers=0):
 def resumed(folder, workers=0):
     learn = toy.toy_learner(toy.Toy(seed=7), workers=workers, every=2)      # other initial weights: all must come from the file
     learn.steps.base = learn.seed = 0
-    return learn.resume(folder, save_every=3, knn=False)
+    learn.resume(folder, save_every=3, knn=False)
+    return learn
 
 
 def same_run(a, b, fa, fb):
@@ -110,7 +111,8 @@ def test_second_ctrl_c_stops_at_once(tmp_path):
 
 def short(folder, **kw):
     learn = toy.toy_learner(**{k: kw.pop(k) for k in ('bs', 'seed', 'model') if k in kw})
-    return learn.fit_pretrain(**{**dict(epochs=1, lr=1e-2, checkpoint_dir=folder, save_every=2, knn=False), **kw})
+    learn.fit_pretrain(**{**dict(epochs=1, lr=1e-2, checkpoint_dir=folder, save_every=2, knn=False), **kw})
+    return learn
 
 
 def test_cut_short_falls_back_with_a_warning(tmp_path):
@@ -140,7 +142,8 @@ def test_empty_folder_and_no_folder(tmp_path):
     assert short(tmp_path, resume='auto').step == 6                             # nothing there: starts
 
 
-@pytest.mark.parametrize('change,named', [(dict(epochs=2), 'fit.epochs: 1 in the checkpoint, 2 now'), (dict(bs=2), 'data.batch_size: 4'), (dict(seed=1), 'seed: 0'),
+@pytest.mark.parametrize('change,named', [(dict(epochs=2), 'fit.epochs: 1 in the checkpoint, 2 now'), (dict(bs=2), 'data.batch_size: 4'),
+                                          (dict(seed=1), 'seed: 0'),
                                           (dict(lr=1e-3), 'fit.lr: 0.01'), (dict(accumulate=2), 'fit.accumulate: 1')])
 def test_other_settings_are_named(tmp_path, change, named):
     short(tmp_path)
@@ -169,6 +172,7 @@ def test_newest_are_kept_and_a_finished_run_is_left_alone(tmp_path):
 def test_checkpoint_holds_everything(tmp_path):
     short(tmp_path, resume='auto')
     c = torch.load(checkpoints(tmp_path)[0], weights_only=True)
-    assert {'method', 'opt', 'scaler', 'random', 'epoch', 'batch', 'step', 'config', 'package', 'callbacks'} <= set(c)
-    assert {k.split('.')[0] for k in c['method']} == {'encoder', 'teacher', 'head', 'scale'} and set(c['random_sizes']) == {'torch', 'cuda', 'numpy', 'python'}
+    assert {'model', 'opt', 'scaler', 'random', 'epoch', 'batch', 'step', 'config', 'package', 'callbacks'} <= set(c)
+    assert {k.split('.')[0] for k in c['model']} == {'encoder', 'teacher', 'head', 'scale'}
+    assert set(c['random_sizes']) == {'torch', 'cuda', 'numpy', 'python'}
     assert json.loads(json.dumps(c['config'])) == c['config'] and c['config']['seed'] == 0

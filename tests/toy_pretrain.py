@@ -1,11 +1,10 @@
 "A tiny method and loader for the tests of callbacks and Learner; run as a script it trains (test_resume, test_ddp)."
-import argparse, copy, json, math, os, signal, sys
+import argparse, copy, json, math, os, signal
 import torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from torch import nn
 from torch.nn import functional as F
-from rs_selfsup.callbacks import Distributed
 from rs_selfsup.data.loading import Batch
 from rs_selfsup.distributed import gather, global_mean, rank, world
 from rs_selfsup.pretrain import PretrainLearner
@@ -75,6 +74,17 @@ def quiet(learn):
     return learn.remove_cb(ProgressCallback)
 
 
+def mssdf_learner(store, bs):
+    "The real method on real loaders; plain SGD, whose step is as exact as its gradient (Adam turns a gradient of rounding noise into a whole step)"
+    from fastai.optimizer import OptimWrapper
+    from rs_selfsup.data.loading import dataloaders
+    from rs_selfsup.pretrain import MSSDFLearner
+    learn = MSSDFLearner(dataloaders(store, bs=bs, device='cpu'), 'vit_tiny_patch16_224', every=1, patch_size=8, embed_dim=24, depth=1, num_heads=3,
+                         decoder_depth=1, fusion_depth=1)
+    learn.opt_func = lambda groups, lr: OptimWrapper(opt=torch.optim.SGD([dict(params=list(g), weight_decay=0.) for g in groups], lr=lr))
+    return quiet(learn)
+
+
 class Kill(Callback):
     "The process is gone, without a word, at an event of a step"
     order = 300
@@ -85,13 +95,18 @@ class Kill(Callback):
 
 def main():
     p = argparse.ArgumentParser()
-    p.add_argument('dir'); p.add_argument('--resume', action='store_true'); p.add_argument('--kill', nargs=2); p.add_argument('--accumulate', type=int, default=1)
-    p.add_argument('--workers', type=int, default=0); p.add_argument('--bs', type=int, default=4); p.add_argument('--samples', type=int, default=22)
-    p.add_argument('--epochs', type=int, default=3); p.add_argument('--plain', action='store_true'); p.add_argument('--out'); p.add_argument('--wait', action='store_true')
+    p.add_argument('dir'); p.add_argument('--resume', action='store_true'); p.add_argument('--kill', nargs=2)
+    p.add_argument('--accumulate', type=int, default=1)
+    p.add_argument('--workers', type=int, default=0); p.add_argument('--bs', type=int, default=4)
+    p.add_argument('--samples', type=int, default=22)
+    p.add_argument('--epochs', type=int, default=3); p.add_argument('--plain', action='store_true')
+    p.add_argument('--out'); p.add_argument('--wait', action='store_true')
+    p.add_argument('--store')
     a = p.parse_args()
     torch.set_num_threads(1)
     cbs = [Kill(a.kill[0], int(a.kill[1]))] if a.kill else []
-    learn = toy_learner(Toy(bn=not a.plain, dropout=0. if a.plain else .2), bs=a.bs, n=a.samples, workers=a.workers, valid=not a.plain, every=2)
+    if a.store: learn = mssdf_learner(a.store, a.bs)
+    else: learn = toy_learner(Toy(bn=not a.plain, dropout=0. if a.plain else .2), bs=a.bs, n=a.samples, workers=a.workers, valid=not a.plain, every=2)
     if a.wait: learn.add_cb(Slow())
     how = dict(cbs=cbs, save_every=3, knn=False)
     if a.resume: learn.resume(a.dir, **how)

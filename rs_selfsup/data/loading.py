@@ -6,7 +6,7 @@
 __all__ = ['to_tensor', 'TileReader', 'fill_valid', 'tile_order', 'cut_batches', 'TileLoader', 'TileDataLoaders', 'dataloaders',
            'BatchToModel', 'eval_loader', 'Batch']
 
-# %% ../../nbs/14_data.loading.ipynb #00000003
+# %% ../../nbs/14_data.loading.ipynb #00000004
 import copy, warnings
 from pathlib import Path
 import numpy as np, torch
@@ -23,7 +23,7 @@ from .augment import Batch, Normalize, Augment, Normalized
 from .tiles import TileStore
 _all_ = ['Batch']
 
-# %% ../../nbs/14_data.loading.ipynb #00000008
+# %% ../../nbs/14_data.loading.ipynb #00000009
 def to_tensor(x # numpy array as the store gives it
              ) -> Tensor: # the same memory where possible
     "A tensor of any stored dtype"
@@ -57,7 +57,7 @@ def fill_valid(batch:Batch # as read, on the device
     batch.valid = {m: batch.valid[m] if m in batch.valid else full(x) for m, x in batch.images.items()}
     return batch
 
-# %% ../../nbs/14_data.loading.ipynb #0000000b
+# %% ../../nbs/14_data.loading.ipynb #0000000c
 def tile_order(ids, # (n,) tile ids
                seed:int, # of the run
                epoch:int # which pass over the data
@@ -79,7 +79,7 @@ def cut_batches(order, # (n,) tile ids
     rest = 0 if drop_last else (len(order) - n)//world                # all processes must see equally many
     return out + [order[n + rank*rest:n + (rank + 1)*rest]]*(rest > 0)
 
-# %% ../../nbs/14_data.loading.ipynb #00000012
+# %% ../../nbs/14_data.loading.ipynb #00000013
 class TileLoader(DataLoader):
     "Batches of tiles on a device, the same stream for the same seed and epoch"
     n_inp = 1
@@ -127,7 +127,7 @@ class TileLoader(DataLoader):
         if self.augment is not None: b = self.augment(b)
         return (b, b) if self.pairs else b
 
-# %% ../../nbs/14_data.loading.ipynb #00000013
+# %% ../../nbs/14_data.loading.ipynb #00000014
 @patch
 def one_batch(self:TileLoader):
     "The first batch of this epoch, read here"
@@ -143,7 +143,7 @@ def new(self:TileLoader, dataset=None, cls=None, **kw):
     mine = {k: getattr(self, k) for k in 'bs shuffle drop_last workers augment device sharded pairs context'.split()}
     return (cls or type(self))(dataset or self.dataset, **{**mine, **{k: v for k, v in kw.items() if k in mine}})
 
-# %% ../../nbs/14_data.loading.ipynb #00000015
+# %% ../../nbs/14_data.loading.ipynb #00000016
 @patch
 def _read(self:TileLoader, todo):
     if self.workers == 0 or self._busy:
@@ -170,7 +170,7 @@ def __getstate__(self:TileLoader): return {**self.__dict__, '_pool': None, '_bus
 
 def _same(x): return x
 
-# %% ../../nbs/14_data.loading.ipynb #00000022
+# %% ../../nbs/14_data.loading.ipynb #00000023
 class TileDataLoaders(DataLoaders):
     "DataLoaders that know `store`, `modalities`, `anchor`, `classes`, `normalize`, `tile_size` (after the crop)"
     n_inp = 1
@@ -228,7 +228,7 @@ def dataloaders(store, # `TileStore`, or the path of one
     dls.normalize, dls.augment, dls.tile_size, dls.seed = copy.deepcopy(aug.normalize).cpu(), aug, size, seed
     return dls
 
-# %% ../../nbs/14_data.loading.ipynb #00000025
+# %% ../../nbs/14_data.loading.ipynb #00000026
 @patch
 def show_batch(self:TileLoader,
                b=None, # a batch, or (batch, batch); None: the first of this epoch
@@ -257,7 +257,7 @@ def show_batch(self:TileLoader,
 
 TileDataLoaders.show_batch = lambda self, *a, **kw: self.train.show_batch(*a, **kw)
 
-# %% ../../nbs/14_data.loading.ipynb #0000002e
+# %% ../../nbs/14_data.loading.ipynb #0000002f
 class BatchToModel(Callback):
     "Batches follow the model to its device"
     order = -9
@@ -266,7 +266,7 @@ class BatchToModel(Callback):
         move = lambda bs: tuple(b.to(device) if isinstance(b, Batch) else b for b in bs)
         self.learn.xb, self.learn.yb = move(self.xb), move(self.yb)
 
-# %% ../../nbs/14_data.loading.ipynb #00000031
+# %% ../../nbs/14_data.loading.ipynb #00000032
 def eval_loader(store, # `TileStore`, or the path of one
                 split:str|None, # 'train', 'val', 'test'; None: all tiles
                 bs:int=64, # tiles per batch

@@ -390,6 +390,7 @@ def fold_scales(scenes:Scenes) -> Scenes: # the same object
 # %% ../../nbs/10_data.rasters.ipynb #00000025
 class Source:
     "What GDAL and xarray sources share: nodata, checks, padding"
+    seen = (0, 0) # smallest and largest stored value of the last window
     def set_nodata(self, declared, bands): # declared: per band or None; bands: `Band`s, or None for a target
         over, self.nodata = self.file.nodata, []
         bands = bands or [None]*self.n
@@ -400,7 +401,8 @@ class Source:
             known, strict = (
                     np.array(o)[:, None, None] for o in ([v is not None for v, _ in pairs], [s for _, s in pairs]))
             if known.all() and (values == values[0]).all(): values = values.ravel()[0]
-            if not any(np.all(values == v) for v, *_ in self.nodata): self.nodata.append((values, known, strict))
+            ends = float(np.min(values)), float(np.max(values))
+            if not any(np.all(values == v) for _, v, *_ in self.nodata): self.nodata.append((ends, values, known, strict))
 
     def _nodata(self, v, band): # (value in this dtype or None, whether one band is enough)
         if v is None or v == 'none' or np.isnan(v): return None, False
@@ -421,15 +423,18 @@ def window(self:Source, row, col, h, w): # inside the file -> (data (n, h, w), v
     except (RasterioError, OSError, ValueError, RuntimeError) as e:
         raise DataError(f"rows {row}..{row + h}, columns {col}..{col + w} cannot be read ({_last(e)})", self.path,
                         fix="The file is cut short or damaged: fetch it again.") from None
-    bad = None if ok is None else ~ok
-    for values, known, strict in self.nodata:
+    bad, (lo, hi) = None if ok is None else ~ok, (float(x.min()), float(x.max()))
+    self.seen = lo, hi                                              # NaN if there is one; spares most windows the rest
+    for (first, last), values, known, strict in self.nodata:
+        if last < lo or first > hi: continue
         hit = x == values
         if not hit.any(): continue
         hit &= known
         loose = (hit | ~known | strict).all(0) & (known & ~strict).any()
         hit = (hit & strict).any(0) | loose
         bad = hit if bad is None else bad | hit
-    if x.dtype.kind == 'f' and not (fin := np.isfinite(x)).all():
+    if x.dtype.kind == 'f' and not math.isfinite(hi - lo):
+        fin = np.isfinite(x)
         nan = np.isnan(x).any(0)
         bad = nan if bad is None else bad | nan
         inf = (~fin & ~bad).reshape(self.n, -1).sum(1)
@@ -983,7 +988,7 @@ def _hard(self:SceneReader, mod, dtype): # impossible stored values lie beyond t
         ends = sorted(((a - more - b.offset)/b.scale, (z + more - b.offset)/b.scale))
         lo.append(ends[0]); hi.append(ends[1])
     if dtype.kind in 'iu' and np.iinfo(dtype).min >= max(lo) and np.iinfo(dtype).max <= min(hi): return None
-    return np.array(lo), np.array(hi)
+    return np.array(lo), np.array(hi), max(lo), min(hi)
 
 def _short(crs):
     return "no projection" if crs is None else f"EPSG:{crs.to_epsg()}" if crs.to_epsg() else "its own projection"
@@ -1019,9 +1024,9 @@ def _convert(self:SceneReader, m, s, x):
 # %% ../../nbs/10_data.rasters.ipynb #00000068
 @patch
 def _possible(self:SceneReader, m, x, valid):
-    lo, hi = self._limits[m]
-    flat = x.reshape(len(x), -1)
-    if (flat.min(1) >= lo).all() and (flat.max(1) <= hi).all(): return
+    lo, hi, most_lo, least_hi = self._limits[m]
+    seen = [l.source.seen for l in self.layers[m] if l.source.file.scale is None and l.source.file.offset is None]
+    if len(seen) == len(self.layers[m]) and all(a >= most_lo and b <= least_hi for a, b in seen): return
     bad = (x < lo[:, None, None]) | (x > hi[:, None, None])
     if valid is not None: bad &= valid
     for i, b in enumerate(self.scenes.modalities[m].bands):

@@ -6,17 +6,16 @@
 __all__ = ['VERSION', 'CHUNK_BYTES', 'UNIT_BYTES', 'PERCENTILES', 'SPLITS', 'SPLIT_COLORS', 'tile_grid', 'Place', 'pixel_metres',
            'clusters', 'assign_splits', 'tile_boxes', 'Splits', 'Ground', 'TileFiles', 'unit_shape', 'Layout',
            'majority', 'Unit', 'Cutter', 'Helper', 'Local', 'answer', 'Stopped', 'SceneFailed', 'cut', 'Journal',
-           'BandCount', 'BandMoments', 'band_counter', 'count', 'statistics', 'physical_stats', 'Plan', 'make_plan',
-           'make_units', 'build_store', 'make_report', 'report_text', 'TileStore', 'read', 'split', 'to_xarray', 'show',
-           'show_splits']
+           'BandCount', 'BandMoments', 'band_counter', 'statistics', 'physical_stats', 'Plan', 'make_plan',
+           'make_units', 'build_store', 'make_report', 'report_text', 'TileStore']
 
 # %% ../../nbs/11_data.tiles.ipynb #00000003
-import dataclasses, json, math, os, pickle, queue, subprocess, sys, threading
-from collections import OrderedDict
+import dataclasses, json, math, mmap, os, pickle, queue, signal, subprocess, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 import numpy as np, rasterio
+from fastcore.basics import patch
 from rasterio.warp import transform as warp_points
 from tqdm import tqdm
 from .. import __version__
@@ -51,6 +50,7 @@ def _apply(t, x, y): # an affine on arrays
     x, y = np.asarray(x, float), np.asarray(y, float)
     return t.a*x + t.b*y + t.c, t.d*x + t.e*y + t.f
 
+# %% ../../nbs/11_data.tiles.ipynb #0000000c
 def pixel_metres(p:Place) -> float: # metres; 1 without a CRS, where all sizes are in pixels
     "Ground size of an anchor pixel, the smallest found over the scene"
     if p.crs is None: return 1.
@@ -62,7 +62,7 @@ def pixel_metres(p:Place) -> float: # metres; 1 without a CRS, where all sizes a
     north = 111132.95 - 559.82*np.cos(2*f) + 1.175*np.cos(4*f)
     return float(min(np.hypot((lon[i:i + 9] - lon[:9])*east, (lat[i:i + 9] - lat[:9])*north).min() for i in (9, 18)))
 
-# %% ../../nbs/11_data.tiles.ipynb #0000000d
+# %% ../../nbs/11_data.tiles.ipynb #0000000f
 def _join(parent, a, b): # union-find
     def root(i):
         while parent[i] != i: parent[i] = i = parent[parent[i]]
@@ -74,6 +74,7 @@ def _roots(parent):
     for i in range(len(parent)): parent[i] = parent[parent[i]]      # parents come before their children
     return np.array(parent)
 
+# %% ../../nbs/11_data.tiles.ipynb #00000011
 def clusters(places:list, # of `Place`
              reach # metres, one per place: two scenes closer than the mean of theirs are together
             ) -> tuple: # (n,) first scene of each scene's cluster; (n,) bool: the cluster must not be cut
@@ -95,10 +96,9 @@ def clusters(places:list, # of `Place`
     for i, p in enumerate(places):
         if p.group is not None: _join(both, first.setdefault(p.group, i), i)
     both = _roots(both)
-    mixed = {c for c in both if len(set(ground[both == c])) > 1} if (both != ground).any() else set()
-    return both, np.isin(both, list(mixed))
+    return both, np.isin(both, both[both != ground])                    # joined by name where the ground does not say so
 
-# %% ../../nbs/11_data.tiles.ipynb #00000010
+# %% ../../nbs/11_data.tiles.ipynb #00000014
 def assign_splits(weights, # (n,) tiles in each block
                   fractions, # shares of train, val, test
                   seed:int=0 # which blocks; the same seed gives the same ones
@@ -117,7 +117,7 @@ def assign_splits(weights, # (n,) tiles in each block
             out[i] = s; left.remove(i)
     return out
 
-# %% ../../nbs/11_data.tiles.ipynb #00000013
+# %% ../../nbs/11_data.tiles.ipynb #00000017
 def tile_boxes(p:Place, # the scene
                first:Place, # whose pixel grid to use
                rc:np.ndarray, # (n, 2) row, column
@@ -142,7 +142,7 @@ def _touched(boxes, side, cluster, grow=0.):
     for di, dj in np.ndindex(*((hi - lo).max(0) + 1)):
         yield _key(cluster, lo[:, 0] + di, lo[:, 1] + dj), (lo[:, 0] + di <= hi[:, 0]) & (lo[:, 1] + dj <= hi[:, 1])
 
-# %% ../../nbs/11_data.tiles.ipynb #00000014
+# %% ../../nbs/11_data.tiles.ipynb #0000001a
 @dataclasses.dataclass
 class Splits:
     "Which tile goes where"
@@ -152,6 +152,7 @@ class Splits:
     boxes:np.ndarray # (n, 4) on the pixel grid of that scene
     side:np.ndarray # (n,) of a block, those pixels; inf: the cluster is one block
 
+# %% ../../nbs/11_data.tiles.ipynb #0000001c
 class Ground:
     "All tiles of all scenes on common ground"
     def __init__(self,
@@ -167,51 +168,58 @@ class Ground:
         self.scene = np.repeat(np.arange(len(places)), [len(g) for g in grids])
         parts = [tile_boxes(p, places[f], g, tile) for p, f, g in zip(places, first, grids)]
         self.boxes = np.concatenate(parts) if parts else np.zeros((0, 4))
-        self.cluster, least = first[self.scene], {f: metres[first == f].min() for f in set(first)}
-        lone = np.array([p.crs is not None for p in places]) | (np.bincount(first, minlength=len(places))[first] == 1)
+        self.cluster, self.block, n = first[self.scene], block, len(places)
+        lone = np.array([p.crs is not None for p in places]) | (np.bincount(first, minlength=n)[first] == 1)
         self.whole = (whole | ~lone)[self.scene]
-        self.size = np.array([least[f] for f in first])[self.scene]
-        self.grow = 1.002*np.array([max(reach[first == f])/least[f] for f in first])[self.scene]
-        self.extent, self.block = np.zeros(len(places)), block
-        for f in set(self.cluster):
-            b = self.boxes[self.cluster == f]
-            self.extent[f] = max(b[:, 2].max() - b[:, 0].min(), b[:, 3].max() - b[:, 1].min())
+        least, most = np.full(n, np.inf), np.zeros(n)
+        np.minimum.at(least, first, metres); np.maximum.at(most, first, reach)
+        self.size, self.grow = least[self.cluster], 1.002*(most/least)[self.cluster]
+        lo, hi = np.full((n, 2), np.inf), np.full((n, 2), -np.inf)
+        np.minimum.at(lo, self.cluster, self.boxes[:, :2]); np.maximum.at(hi, self.cluster, self.boxes[:, 2:])
+        self.extent = (hi - lo).max(1)                                  # of each cluster, pixels of its first scene
 
-    def sides(self, k=None): # k tiles, or as asked -> (n,) side of each tile's blocks
-        t = self.tile
-        side = k*t if self.block is None else np.maximum(np.round(self.block/self.size/t), 1)*t
-        return np.where(self.whole | (self.extent[self.cluster] < 2*side), np.inf, side)
+# %% ../../nbs/11_data.tiles.ipynb #0000001d
+@patch
+def sides(self:Ground, k=None): # k tiles, or as asked -> (n,) side of each tile's blocks
+    t = self.tile
+    side = k*t if self.block is None else np.maximum(np.round(self.block/self.size/t), 1)*t
+    return np.where(self.whole | (self.extent[self.cluster] < 2*side), np.inf, side)
 
-    def home(self, side): # (n,) key of the block that holds each tile's centre
-        s = side[:, None]
-        ij = np.where(np.isinf(s), 0, np.floor((self.boxes[:, :2] + self.boxes[:, 2:])/2/s)).astype(np.int64)
-        return _key(self.cluster, ij[:, 0], ij[:, 1])
+@patch
+def home(self:Ground, side): # (n,) key of the block that holds each tile's centre
+    s = side[:, None]
+    ij = np.where(np.isinf(s), 0, np.floor((self.boxes[:, :2] + self.boxes[:, 2:])/2/s)).astype(np.int64)
+    return _key(self.cluster, ij[:, 0], ij[:, 1])
 
-    def choose(self, enough=40): # the largest blocks of which there are enough
-        if self.block is not None: return self.sides()
-        n = {k: len(np.unique(self.home(self.sides(k)))) for k in (32, 16, 8, 4)}
-        return self.sides(next((k for k in n if n[k] >= enough), max(n, key=n.get)))
+@patch
+def choose(self:Ground, enough=40): # the largest blocks of which there are enough
+    if self.block is not None: return self.sides()
+    n = {k: len(np.unique(self.home(self.sides(k)))) for k in (32, 16, 8, 4)}
+    return self.sides(next((k for k in n if n[k] >= enough), max(n, key=n.get)))
 
-    def split(self,
-              fractions=(.8, .1, .1), # shares of train, val, test
-              seed:int=0, # which blocks go where
-              weights:np.ndarray|None=None # (n,) what each tile counts; None: 1
-             ) -> Splits:
-        "Deal blocks out to the splits and leave out what is too close"
-        side = self.choose()
-        home, near = self.home(side), list(_touched(self.boxes, side, self.cluster))
-        keys = np.unique(np.concatenate([home] + [k[ok] for k, ok in near]))
-        block = np.searchsorted(keys, home)
-        of = assign_splits(np.bincount(block, weights, len(keys)), fractions, seed)
-        mine, rank, bad = of[block], np.argsort(np.argsort(fractions, kind='stable')), np.zeros(len(home), bool)
-        find = lambda k: np.searchsorted(keys, k).clip(max=len(keys) - 1)
-        for k, ok in near: bad |= ok & (of[find(k)] != mine)
-        for k, ok in _touched(self.boxes, side, self.cluster, self.grow[:, None]):
-            bad |= ok & (keys[find(k)] == k) & (rank[of[find(k)]] < rank[mine])
-        return Splits(np.where(bad, -1, mine).astype(np.int8), block, self.cluster, self.boxes, side)
+# %% ../../nbs/11_data.tiles.ipynb #0000001f
+@patch
+def deal(self:Ground,
+          fractions=(.8, .1, .1), # shares of train, val, test
+          seed:int=0, # which blocks go where
+          weights:np.ndarray|None=None # (n,) what each tile counts; None: 1
+         ) -> Splits:
+    "Deal blocks out to the splits and leave out what is too close"
+    side = self.choose()
+    home, near = self.home(side), list(_touched(self.boxes, side, self.cluster))
+    keys = np.unique(np.concatenate([home] + [k[ok] for k, ok in near]))
+    block = np.searchsorted(keys, home)
+    of = assign_splits(np.bincount(block, weights, len(keys)), fractions, seed)
+    mine, rank, bad = of[block], np.argsort(np.argsort(fractions, kind='stable')), np.zeros(len(home), bool)
+    find = lambda k: np.searchsorted(keys, k).clip(max=len(keys) - 1)
+    for k, ok in near: bad |= ok & (of[find(k)] != mine)
+    for k, ok in _touched(self.boxes, side, self.cluster, self.grow[:, None]):
+        bad |= ok & (keys[find(k)] == k) & (rank[of[find(k)]] < rank[mine])
+    return Splits(np.where(bad, -1, mine).astype(np.int8), block, self.cluster, self.boxes, side)
 
-# %% ../../nbs/11_data.tiles.ipynb #0000001b
+# %% ../../nbs/11_data.tiles.ipynb #00000026
 VERSION = 1
+_AGAIN = 'Copy the store again, or delete it and run build again.'
 CHUNK_BYTES = 1 << 24
 
 class TileFiles:
@@ -221,51 +229,58 @@ class TileFiles:
                  shape, # of one tile
                  dtype, # stored
                  chunk:int, # tiles per file
-                 fill=0 # value of what is not written
+                 fill=0, # value of what is not written
+                 most:int=64 # files kept open
                 ):
-        self.folder, self.shape, self.dtype, self.chunk, self.fill = str(folder), tuple(shape), np.dtype(dtype), chunk, fill
-        self.nbytes, self._open, self._lock = math.prod(self.shape)*self.dtype.itemsize, OrderedDict(), threading.Lock()
+        self.folder, self.shape, self.dtype, self.chunk, self.fill, self.most = str(folder), tuple(shape), np.dtype(dtype), chunk, fill, most
+        self.nbytes, self._open = math.prod(self.shape)*self.dtype.itemsize, {}
 
     def path(self, i): return f'{self.folder}/c.{i}' + '.0'*len(self.shape)
-    def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k not in ('_open', '_lock')}
-    def __setstate__(self, d): self.__dict__.update(d, _open=OrderedDict(), _lock=threading.Lock())
+    def __getstate__(self): return {**self.__dict__, '_open': {}}
 
-    def put(self, i, data): # tile `i` := array of (..., *shape)
+    def put(self, i, data): # tile `i` := array of this shape
         fd = os.open(self.path(i//self.chunk), os.O_RDWR | os.O_CREAT, 0o644)
         try: n = os.pwrite(fd, np.ascontiguousarray(data, self.dtype).reshape(-1).view(np.uint8), i%self.chunk*self.nbytes)
         finally: os.close(fd)
         if n != self.nbytes: raise OSError(f'{self.path(i//self.chunk)}: only {n} of {self.nbytes} bytes written; is the disk full?')
 
-    def _fd(self, c): # an open file, the 128 last used are kept
-        fd = self._open.get(c)
-        if fd is None:
-            try: fd = self._open[c] = os.open(self.path(c), os.O_RDONLY)
-            except FileNotFoundError: raise self._broken(c, 'is missing') from None
-            if len(self._open) > 128: os.close(self._open.popitem(last=False)[1])
-        else: self._open.move_to_end(c)
-        return fd
+# %% ../../nbs/11_data.tiles.ipynb #00000028
+@patch
+def take(self:TileFiles, ids, out=None): # (B,) -> (B, *shape)
+    "Tiles in the order of `ids`"
+    out, at = np.empty((len(ids), *self.shape), self.dtype) if out is None else out, [divmod(int(i), self.chunk) for i in ids]
+    maps = [self._open.get(c) or self._map(c) for c, _ in at]
+    if self.nbytes >= 1 << 14 and hasattr(mmap, 'MADV_WILLNEED'):
+        for (m, _), (_, k) in zip(maps, at):
+            start = k*self.nbytes & -mmap.PAGESIZE
+            m.madvise(mmap.MADV_WILLNEED, start, (k + 1)*self.nbytes - start)
+    for o, (_, tiles), (_, k) in zip(out, maps, at): o[...] = tiles[k]
+    return out
 
-    def _broken(self, c, what): return DataError(f'this part of the store {what}', self.path(c), fix='Copy the store again, or delete it and run build again.')
+@patch
+def _map(self:TileFiles, c): # (memory map, its tiles) of file c
+    try:
+        with open(self.path(c), 'rb') as f:
+            n = os.fstat(f.fileno()).st_size//self.nbytes
+            if n < self.chunk: raise self._broken(c, 'is too short')
+            m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError: raise self._broken(c, 'is missing') from None
+    if len(self._open) >= self.most: self._open.pop(next(iter(self._open)), None)
+    self._open[c] = m, np.frombuffer(m, self.dtype, count=self.chunk*math.prod(self.shape)).reshape(self.chunk, *self.shape)
+    return self._open[c]
 
-    def read(self, ids, out=None): # (B,) -> (B, *shape)
-        out = np.empty((len(ids), *self.shape), self.dtype) if out is None else out
-        with self._lock:
-            for k, i in enumerate(ids.tolist() if hasattr(ids, 'tolist') else ids):
-                c, at = divmod(i, self.chunk)
-                if os.preadv(self._fd(c), [out[k]], at*self.nbytes) != self.nbytes: raise self._broken(c, 'is too short')
-        return out
+@patch
+def _broken(self:TileFiles, c, what): return DataError(f'this part of the store {what}', self.path(c), fix=_AGAIN)
 
-    def __del__(self):
-        for fd in self._open.values(): os.close(fd)
-
-# %% ../../nbs/11_data.tiles.ipynb #0000001d
+# %% ../../nbs/11_data.tiles.ipynb #0000002a
 def _node(shape, chunk, dtype, dims, fill, attrs=None, codec='bytes'):
     "Zarr v3 metadata of an array"
     conf = {'name': codec, 'configuration': {'endian': 'little'} if codec == 'bytes' and np.dtype(dtype).itemsize > 1 else {}}
-    return dict(zarr_format=3, node_type='array', shape=list(shape), data_type=dtype, fill_value=fill, attributes=attrs or {}, dimension_names=list(dims),
-                chunk_grid=dict(name='regular', configuration=dict(chunk_shape=list(chunk))),
+    return dict(zarr_format=3, node_type='array', shape=list(shape), data_type=dtype, fill_value=fill,
+                attributes=attrs or {}, dimension_names=list(dims), chunk_grid=dict(name='regular', configuration=dict(chunk_shape=list(chunk))),
                 chunk_key_encoding=dict(name='default', configuration=dict(separator='.')), codecs=[conf], storage_transformers=[])
 
+# %% ../../nbs/11_data.tiles.ipynb #0000002c
 def _write(path, text): # all of it or nothing
     tmp = f'{path}.part'
     with open(tmp, 'w', encoding='utf-8') as f: f.write(text); f.flush(); os.fsync(f.fileno())
@@ -281,11 +296,12 @@ def _column(root, name, dim, values, attrs=None):
     else: data = values.tobytes()
     (root/name).mkdir(exist_ok=True)
     (root/name/'c.0').write_bytes(data)
-    node = _node(values.shape, values.shape, 'string' if text else values.dtype.name, [dim], '' if text else 0, attrs, 'vlen-utf8' if text else 'bytes')
+    how = ('string', [dim], '', attrs, 'vlen-utf8') if text else (values.dtype.name, [dim], 0, attrs)
+    node = _node(values.shape, values.shape, *how)
     _write(root/name/'zarr.json', json.dumps(node))
     return node
 
-# %% ../../nbs/11_data.tiles.ipynb #0000001f
+# %% ../../nbs/11_data.tiles.ipynb #00000031
 UNIT_BYTES = 48 << 20
 
 def unit_shape(height:int, # of the scene, anchor pixels
@@ -304,9 +320,10 @@ def unit_shape(height:int, # of the scene, anchor pixels
         r = min(max(1, int((budget/pixel_bytes/w - tile)//stride + 1)), nr)
         h = tile + (r - 1)*stride
         return (1 + (bh if h < height else 0)/h)*(1 + (bw if w < width else 0)/w), -c*r, r, c
-    return min(map(cost, range(1, nc + 1)))[2:]
+    fits = [c for c in range(1, nc + 1) if c == 1 or tile*(tile + (c - 1)*stride)*pixel_bytes <= budget]
+    return min(map(cost, fits))[2:]
 
-# %% ../../nbs/11_data.tiles.ipynb #00000021
+# %% ../../nbs/11_data.tiles.ipynb #00000033
 @dataclasses.dataclass
 class Layout:
     "What every tile of a store looks like"
@@ -330,11 +347,13 @@ class Layout:
         return out
 
     def files(self, root, chunk): # the same as `TileFiles`
-        return {k: TileFiles(Path(root)/k, s, d, chunk, f) for k, (s, d, _, f) in self.arrays().items()}
+        arrays = self.arrays()
+        return {k: TileFiles(Path(root)/k, s, d, chunk, f, max(8, 512//len(arrays))) for k, (s, d, _, f) in arrays.items()}
 
     def pixel_bytes(self): # per anchor pixel, all arrays
         return sum(math.prod(s)*np.dtype(d).itemsize for s, d, *_ in self.arrays().values())/self.tile**2
 
+# %% ../../nbs/11_data.tiles.ipynb #00000035
 def majority(mask:np.ndarray, # uint8, 255 = ignore
              n:int, # classes
              least:float=.6 # share of the valid pixels it must hold
@@ -343,7 +362,7 @@ def majority(mask:np.ndarray, # uint8, 255 = ignore
     count = np.bincount(mask.reshape(-1), minlength=256)[:n]
     return int(count.argmax()) if count.any() and count.max() >= least*count.sum() else -1
 
-# %% ../../nbs/11_data.tiles.ipynb #00000024
+# %% ../../nbs/11_data.tiles.ipynb #00000038
 @dataclasses.dataclass
 class Unit:
     "A rectangle of tiles that is read at once"
@@ -352,6 +371,7 @@ class Unit:
     tiles:np.ndarray # numbers of the candidate tiles
     rc:np.ndarray # (n, 2) row, column
 
+# %% ../../nbs/11_data.tiles.ipynb #00000039
 class Cutter:
     "Reads units and writes tiles"
     def __init__(self, scenes, layout, root, chunk, min_valid):
@@ -362,6 +382,9 @@ class Cutter:
         if self.reader: self.reader.close()
         self.reader = self.current = None
 
+    def resize(self, chunk): # tiles per file, once that is known
+        for f in self.files.values(): f.chunk = chunk
+
     def open(self, scene):
         if self.current != scene:
             self.close()
@@ -369,39 +392,42 @@ class Cutter:
             self.current = scene
         return self.reader
 
-    def look(self, u): # -> [(tile, label, valid pixels of each modality)] of the tiles to keep
-        L, t, reader = self.layout, self.layout.tile, self.open(u.scene)
-        row, col = u.rc.min(0)
-        height, width = u.rc.max(0) + t - (row, col)
-        window = int(row), int(col), int(height), int(width)
-        images, valid = reader.read(*window)
-        arrays = {k: (images[k], L.factors[k]) for k in L.modalities}
-        if L.targets: arrays.update({f'target_{k}': (v, 1) for k, v in reader.read_targets(*window).items()})
-        whole = {k: bool(v.all()) for k, v in valid.items()}
-        for k, v in valid.items(): arrays[f'valid_{k}'] = v, L.factors[k]
-        self.unit, self.kept = arrays, []
-        for n, (r, c) in zip(u.tiles.tolist(), (u.rc - (row, col)).tolist()):
-            ok = [(t//f)**2 if whole[k] else int(np.count_nonzero(self.piece(f'valid_{k}', r, c))) for k, f in L.factors.items()]
-            if ok[list(L.factors).index(L.anchor)] < self.min_valid*t*t: continue
-            label = majority(self.piece(f'target_{L.label}', r, c), len(L.targets[L.label].classes)) if L.label else -1
-            self.kept.append((n, label, ok, r, c))
-        return [k[:3] for k in self.kept]
-
     def piece(self, name, r, c): # of the unit in memory
         x, f = self.unit[name]
         t = self.layout.tile
         return x[..., r//f:(r + t)//f, c//f:(c + t)//f]
 
-    def put(self, slot): # write the tiles that `look` kept from `slot` on
-        full = [(self.layout.tile//f)**2 for f in self.layout.factors.values()]
-        skip = {f'valid_{k}': i for i, k in enumerate(self.layout.factors)}
-        for i, (_, _, ok, r, c) in enumerate(self.kept):
-            for name, f in self.files.items():
-                if name in skip and ok[skip[name]] == full[skip[name]]: continue
-                f.put(slot + i, self.piece(name, r, c))
-        self.unit = self.kept = None
+# %% ../../nbs/11_data.tiles.ipynb #0000003a
+@patch
+def look(self:Cutter, u:Unit): # -> [(tile, label, valid pixels of each modality)] of the tiles to keep
+    L, t, reader = self.layout, self.layout.tile, self.open(u.scene)
+    row, col = u.rc.min(0)
+    height, width = u.rc.max(0) + t - (row, col)
+    window = int(row), int(col), int(height), int(width)
+    images, valid = reader.read(*window)
+    arrays = {k: (images[k], L.factors[k]) for k in L.modalities}
+    if L.targets: arrays.update({f'target_{k}': (v, 1) for k, v in reader.read_targets(*window).items()})
+    whole = {k: bool(v.all()) for k, v in valid.items()}
+    for k, v in valid.items(): arrays[f'valid_{k}'] = v, L.factors[k]
+    self.unit, self.kept = arrays, []
+    for n, (r, c) in zip(u.tiles.tolist(), (u.rc - (row, col)).tolist()):
+        ok = [(t//f)**2 if whole[k] else int(np.count_nonzero(self.piece(f'valid_{k}', r, c))) for k, f in L.factors.items()]
+        if ok[list(L.factors).index(L.anchor)] < self.min_valid*t*t: continue
+        label = majority(self.piece(f'target_{L.label}', r, c), len(L.targets[L.label].classes)) if L.label else -1
+        self.kept.append((n, label, ok, r, c))
+    return [k[:3] for k in self.kept]
 
-# %% ../../nbs/11_data.tiles.ipynb #00000026
+@patch
+def put(self:Cutter, slot:int): # write the tiles that `look` kept from `slot` on
+    full = [(self.layout.tile//f)**2 for f in self.layout.factors.values()]
+    skip = {f'valid_{k}': i for i, k in enumerate(self.layout.factors)}
+    for i, (_, _, ok, r, c) in enumerate(self.kept):
+        for name, f in self.files.items():
+            if name in skip and ok[skip[name]] == full[skip[name]]: continue
+            f.put(slot + i, self.piece(name, r, c))
+    self.unit = self.kept = None
+
+# %% ../../nbs/11_data.tiles.ipynb #0000003e
 class Helper:
     "An object living in another Python process: `ask` calls a method of it"
     def __init__(self):
@@ -419,13 +445,17 @@ class Helper:
             self._send((method, args))
             ok, reply = pickle.load(self.child.stdout)
         except (EOFError, BrokenPipeError):
-            raise RuntimeError(f'a worker process ended (exit status {self.child.wait()}), perhaps for want of memory; run again to continue where this stopped') from None
+            raise RuntimeError(f'a worker process ended (exit status {self.child.wait()}), perhaps for want of memory; '
+                               'run again to continue where this stopped') from None
         if ok: return reply
         raise reply
 
     def close(self):
-        self.child.stdin.close(); self.child.wait(); self.child.stdout.close()
+        try: self.child.stdin.close()
+        except BrokenPipeError: pass                                # it ended before
+        self.child.wait(); self.child.stdout.close()
 
+# %% ../../nbs/11_data.tiles.ipynb #0000003f
 class Local:
     "The same without another process"
     obj = None
@@ -437,6 +467,7 @@ def answer():
     "What a `Helper`'s process does until its pipe is closed"
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), 'wb')
     os.dup2(2, 1)                                                   # whatever prints, prints to stderr
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                    # Ctrl-C is for the parent
     def load():
         try: return pickle.load(source)
         except EOFError: sys.exit(0)                                # the parent is gone, or done
@@ -448,13 +479,14 @@ def answer():
         except Exception as e: reply = False, e
         pickle.dump(reply, sink); sink.flush()
 
-# %% ../../nbs/11_data.tiles.ipynb #00000028
+# %% ../../nbs/11_data.tiles.ipynb #00000041
 class Stopped(Exception): "Another unit failed first"
 
 class SceneFailed(Exception):
     "A scene cannot be read further; the others can"
     def __init__(self, scene, why): super().__init__(scene, why); self.scene, self.why = scene, why
 
+# %% ../../nbs/11_data.tiles.ipynb #00000042
 def cut(units:list, # of `Unit`
         helpers:list, # `Helper`s, or one `Local`, around a `Cutter`
         slot:int=0 # place of the first tile
@@ -496,7 +528,7 @@ def cut(units:list, # of `Unit`
             try: yield from pool.map(one, range(len(units)))
             finally: fail(-1)
 
-# %% ../../nbs/11_data.tiles.ipynb #0000002a
+# %% ../../nbs/11_data.tiles.ipynb #00000047
 class Journal:
     "What has been done, in order"
     def __init__(self,
@@ -510,7 +542,8 @@ class Journal:
                 except ValueError: break
         if lines and lines[0] != head:
             what = ', '.join(k for k in head if lines[0].get(k) != head[k])
-            raise DataError(f'this folder holds an unfinished build with other settings or inputs ({what})', self.path.parent, fix='Delete it, or build into another folder.')
+            raise DataError(f'this folder holds an unfinished build with other settings or inputs ({what})', self.path.parent,
+                            fix='Delete it, or build into another folder.')
         self.entries, self.failed, self.weights = [], {}, None
         for d in lines[1:]: self._take(d)
         _write(self.path, ''.join(json.dumps(d) + '\n' for d in [head, *lines[1:]]))
@@ -530,7 +563,7 @@ class Journal:
     def kept(self): return [k for e in self.entries for k in e['kept']]
     def close(self): self.file.close()
 
-# %% ../../nbs/11_data.tiles.ipynb #0000002d
+# %% ../../nbs/11_data.tiles.ipynb #0000004a
 PERCENTILES = dict(p01=.01, p02=.02, p50=.5, p98=.98, p99=.99)
 
 class BandCount:
@@ -551,6 +584,7 @@ class BandCount:
         mean = float((v*w).sum())
         return dict(n=n, mean=mean, std=float(np.sqrt((w*(v - mean)**2).sum())), quantile=lambda p: float(v[np.searchsorted(at, p*n - 1e-9)]))
 
+# %% ../../nbs/11_data.tiles.ipynb #0000004b
 class BandMoments:
     "Statistics of one band of other numbers; percentiles from every `step`-th value"
     def __init__(self, dtype=None, step=1): self.n, self.mean, self.m2, self.step, self.some = 0, 0., 0., step, []
@@ -571,31 +605,34 @@ class BandMoments:
     def result(self): # in stored units
         if not self.n: return None
         v = np.concatenate(self.some)
-        return dict(n=self.n, mean=float(self.mean), std=float(np.sqrt(self.m2/self.n)), quantile=lambda p: float(np.quantile(v, p, method='inverted_cdf')))
+        at = lambda p: float(np.quantile(v, p, method='inverted_cdf'))
+        return dict(n=self.n, mean=float(self.mean), std=float(np.sqrt(self.m2/self.n)), quantile=at)
 
-def band_counter(dtype, step=1): return BandCount(dtype) if np.dtype(dtype).kind in 'iu' and np.dtype(dtype).itemsize < 3 else BandMoments(dtype, step)
+def band_counter(dtype, step=1):
+    d = np.dtype(dtype)
+    return BandCount(d) if d.kind in 'iu' and d.itemsize < 3 else BandMoments(d, step)
 
-# %% ../../nbs/11_data.tiles.ipynb #00000030
-def count(self, name, ids, full, thin, step): # a method of `Cutter`: the bands of some tiles of one modality -> (counters, lowest, highest)
+# %% ../../nbs/11_data.tiles.ipynb #0000004e
+@patch
+def count(self:Cutter, name, ids, full, thin, step): # the bands of some tiles of one modality -> (counters, lowest, highest)
     data, mask = self.files[name], self.files[f'valid_{name}']
     out, lo, hi = [band_counter(data.dtype, step) for _ in range(data.shape[0])], [], []
     for k in range(0, len(ids), 8):
-        x, holes = data.read(ids[k:k + 8]).swapaxes(0, 1), np.flatnonzero(~full[k:k + 8])
+        x, holes = data.take(ids[k:k + 8]).swapaxes(0, 1), np.flatnonzero(~full[k:k + 8])
         few = x[:, :, ::thin, ::thin]
         if not len(holes):
             lo.append(x.min((1, 2, 3))); hi.append(x.max((1, 2, 3)))
             for b, band in enumerate(out): band.add(few[b].reshape(-1))
             continue
         ok = np.ones((x.shape[1], *mask.shape), bool)
-        mask.read(ids[k + holes], part := np.empty((len(holes), *mask.shape), bool))
+        mask.take(ids[k + holes], part := np.empty((len(holes), *mask.shape), bool))
         ok[holes] = part
         if not ok.any(): continue
         lo.append(np.array([v[ok].min() for v in x])); hi.append(np.array([v[ok].max() for v in x]))
         for b, band in enumerate(out): band.add(few[b][ok[:, ::thin, ::thin]])
     return out, lo, hi
 
-Cutter.count = count
-
+# %% ../../nbs/11_data.tiles.ipynb #0000004f
 def statistics(layout:Layout, # of the store
                helpers:list, # of `Cutter`
                ids:np.ndarray, # tiles to look at
@@ -625,17 +662,20 @@ def statistics(layout:Layout, # of the store
         out[name] = physical_stats([t.result() for t in total], *ends, m)
     return out
 
+# %% ../../nbs/11_data.tiles.ipynb #00000050
 def physical_stats(results, lo, hi, m): # stored -> physical units, one list per statistic
     out = {k: [] for k in ('mean', 'std', 'min', 'max', *PERCENTILES, 'pixels')}
     for r, a, z, b in zip(results, lo, hi, m.bands):
-        if not r: raise DataError('no valid pixel in the training split, so nothing can be normalised', band=f'{m.name} {b.name}', fix='Leave the modality out, or choose other splits or another seed.')
+        if not r:
+            raise DataError('no valid pixel in the training split, so nothing can be normalised', band=f'{m.name} {b.name}',
+                            fix='Leave the modality out, or choose other splits or another seed.')
         a, z = sorted((float(a)*b.scale + b.offset, float(z)*b.scale + b.offset))
         v = dict(mean=r['mean']*b.scale + b.offset, std=r['std']*abs(b.scale), min=a, max=z, pixels=r['n'])
         v.update({k: r['quantile'](p if b.scale > 0 else 1 - p)*b.scale + b.offset for k, p in PERCENTILES.items()})
         for k in out: out[k].append(v[k])
     return out
 
-# %% ../../nbs/11_data.tiles.ipynb #00000032
+# %% ../../nbs/11_data.tiles.ipynb #00000053
 SPLITS = ('train', 'val', 'test')
 _RESERVED = ('tile', 'scene', 'split', 'row', 'col', 'label', 'band', 'y', 'x')
 
@@ -649,6 +689,7 @@ class Plan:
     grids:dict # scene number -> (n, 2) tile positions
     failed:dict # scene number -> why it cannot be opened
 
+# %% ../../nbs/11_data.tiles.ipynb #00000054
 def _signature(scenes): # what a re-run must find unchanged
     files = sorted({f.path for s in scenes.scenes for fs in [*s.rasters.values(), list(s.targets.values())] for f in fs})
     stat = lambda p: (os.path.getsize(p), os.stat(p).st_mtime_ns) if os.path.isfile(p) else ()
@@ -663,8 +704,10 @@ def _check_sizes(scenes, factors, tile, stride):
         if n < 1 or n%f:
             near = sorted({max(1, n//f)*f, -(-n//f)*f} - {0})
             why = ', '.join(f'{k} {v}' for k, v in factors.items())
-            raise DataError(f'{what} = {n} anchor pixels is no multiple of {f} (anchor pixels per pixel: {why})', scenes.path, fix=f"Write {what}={' or '.join(map(str, near))}.")
+            raise DataError(f'{what} = {n} anchor pixels is no multiple of {f} (anchor pixels per pixel: {why})', scenes.path,
+                            fix=f"Write {what}={' or '.join(map(str, near))}.")
 
+# %% ../../nbs/11_data.tiles.ipynb #00000056
 def make_plan(scenes:Scenes, # as `load_scenes` gives them
               tile:int, # anchor pixels
               stride:int, # anchor pixels
@@ -680,7 +723,8 @@ def make_plan(scenes:Scenes, # as `load_scenes` gives them
             with scenes.open(i) as r:
                 for k, d in r.dtypes.items():
                     if dtypes.setdefault(k, str(d)) != str(d):
-                        raise DataError(f"modality '{k}' is {d} here but {dtypes[k]} in scene '{origin[k]}'", s.rasters[k][0].path, fix=f'Convert the file, or write dtype: float32 at the modality.')
+                        raise DataError(f"modality '{k}' is {d} here but {dtypes[k]} in scene '{origin[k]}'", s.rasters[k][0].path,
+                                        fix='Convert the file, or write dtype: float32 at the modality.')
                     origin.setdefault(k, s.name)
                 plan.places[i] = Place(s.name, r.height, r.width, r.transform, r.crs, s.group)
                 plan.blocks[i] = _file_block(r, scenes.anchor, factors)
@@ -690,11 +734,12 @@ def make_plan(scenes:Scenes, # as `load_scenes` gives them
         if plan.places: raise DataError(f"no scene has modality '{k}'", scenes.path, fix='Take it out of modalities, or add its files.')
     return plan
 
+# %% ../../nbs/11_data.tiles.ipynb #00000057
 def _file_block(reader, anchor, factors):
     try: return reader.layers[anchor][0].source.ds.block_shapes[0]
     except (AttributeError, IndexError, KeyError): return (256, 256)
 
-# %% ../../nbs/11_data.tiles.ipynb #00000033
+# %% ../../nbs/11_data.tiles.ipynb #00000059
 def make_units(plan:Plan, # with its places
                stride:int, # anchor pixels
                wanted:np.ndarray # (n,) bool, over all candidate tiles
@@ -713,7 +758,7 @@ def make_units(plan:Plan, # with its places
             if keep.any(): out.append(Unit(len(out), i, ids[keep], rc[keep]))
     return out
 
-# %% ../../nbs/11_data.tiles.ipynb #00000035
+# %% ../../nbs/11_data.tiles.ipynb #0000005c
 def build_store(scenes, # `Scenes`, or path of their YAML file
                 out, # folder of the store
                 tile:int=224, # side of a tile, anchor pixels; a multiple of every modality's factor
@@ -752,16 +797,18 @@ def build_store(scenes, # `Scenes`, or path of their YAML file
     os.remove(journal.path)
     return TileStore(out)
 
+# %% ../../nbs/11_data.tiles.ipynb #0000005d
 def _asked(scenes, tile, stride, min_valid, splits, block, buffer, seed): # all that decides what the store holds
-    if len(splits) != 3 or min(splits) < 0 or sum(splits) <= 0: raise DataError(f'splits = {splits} are no shares of train, val, test', fix='Write splits=(.8, .1, .1).')
+    if len(splits) != 3 or min(splits) < 0 or sum(splits) <= 0:
+        raise DataError(f'splits = {splits} are no shares of train, val, test', fix='Write splits=(.8, .1, .1).')
     d = dict(version=VERSION, tile=tile, stride=stride, min_valid=min_valid, splits=list(splits), block=block, buffer=buffer, seed=seed,
              modalities={k: m.to_dict() for k, m in scenes.modalities.items()}, inputs=_signature(scenes))
     return json.loads(json.dumps(d))
 
-# %% ../../nbs/11_data.tiles.ipynb #00000036
+# %% ../../nbs/11_data.tiles.ipynb #0000005e
 def _cut_all(plan, ground, asked, journal, helpers, progress):
     "Deal and cut; a second time, by what was found, where a split came out empty for nodata"
-    deal = lambda: ground.split(asked['splits'], asked['seed'], journal.weights)
+    deal = lambda: ground.deal(asked['splits'], asked['seed'], journal.weights)
     dealt = deal()
     _cut_once(plan, dealt, asked['stride'], journal, helpers, progress)
     if journal.weights is None and _lopsided(dealt, journal.kept(), asked['splits']):
@@ -772,6 +819,7 @@ def _cut_all(plan, ground, asked, journal, helpers, progress):
         _cut_once(plan, dealt, asked['stride'], journal, helpers, progress)
     return dealt
 
+# %% ../../nbs/11_data.tiles.ipynb #0000005f
 def _cut_once(plan, dealt, stride, journal, helpers, progress):
     "Cut what the journal lacks; a failing scene is struck out and the rest goes on"
     units = make_units(plan, stride, dealt.split >= 0)
@@ -788,6 +836,7 @@ def _cut_once(plan, dealt, stride, journal, helpers, progress):
                 return
             except SceneFailed as e: journal.add(failed=e.scene, why=e.why)
 
+# %% ../../nbs/11_data.tiles.ipynb #00000060
 def _lopsided(dealt, kept, fractions):
     "A wanted split got nothing although there is ground enough"
     ids = np.array([k[0] for k in kept], int)
@@ -805,7 +854,7 @@ def _nothing(out, plan, journal):
     journal.close(); os.remove(journal.path)
     raise DataError(f"no tile is left: {'; '.join(why)}", plan.scenes.path or out, fix='Choose a smaller tile or min_valid, or correct the scenes.')
 
-# %% ../../nbs/11_data.tiles.ipynb #00000038
+# %% ../../nbs/11_data.tiles.ipynb #00000063
 def _close_files(layout, root, n, chunk, full):
     "Bring all files to their final size; returns the tiles per file, and which validity files there are"
     last, per, there = (n - 1)//chunk, n if n <= chunk else chunk, {}
@@ -823,6 +872,7 @@ def _close_files(layout, root, n, chunk, full):
                 h.truncate(len(tiles)*f.nbytes); h.truncate(per*f.nbytes); os.fsync(h.fileno())
     return per, there
 
+# %% ../../nbs/11_data.tiles.ipynb #00000064
 def _outlines(plan, scene, rc):
     "Corners of tiles in degrees, (n, 5, 2), nan where a scene has no CRS"
     t, out = plan.layout.tile, np.full((len(rc), 5, 2), np.nan)
@@ -844,7 +894,7 @@ def _geojson(path, index, outlines):
         f.write('\n]}\n')
     os.replace(f'{path}.part', path)
 
-# %% ../../nbs/11_data.tiles.ipynb #00000039
+# %% ../../nbs/11_data.tiles.ipynb #00000065
 def _index(plan, ground, dealt, journal):
     "The table of all tiles, and their outlines"
     import pandas as pd                                             # slow to import, and workers do not need it
@@ -859,6 +909,7 @@ def _index(plan, ground, dealt, journal):
     for k, (m, f) in enumerate(L.factors.items()): d[f'full_{m}'] = np.array([o[2][k] == (L.tile//f)**2 for o in kept])
     return pd.DataFrame(d), _outlines(plan, scene, rc)
 
+# %% ../../nbs/11_data.tiles.ipynb #00000066
 def _metadata(root, layout, index, per):
     "The Zarr metadata of the store, root last"
     nodes, n = {}, len(index)
@@ -870,16 +921,19 @@ def _metadata(root, layout, index, per):
     for k, (shape, dtype, dims, fill) in layout.arrays().items():
         nodes[k] = _node((n, *shape), (per, *shape), np.dtype(dtype).name, ('tile', *dims), fill)
         _write(root/k/'zarr.json', json.dumps(nodes[k]))
-    about = dict(Conventions='tile store of rs_selfsup', coordinates=' '.join(k for k in nodes if nodes[k]['dimension_names'] == ['tile'] and k != 'tile'))
+    along = [k for k in nodes if nodes[k]['dimension_names'] == ['tile'] and k != 'tile']
+    about = dict(title='tile store of rs_selfsup', coordinates=' '.join(along))
     meta = dict(kind='inline', must_understand=False, metadata=nodes)
     _write(root/'zarr.json', json.dumps(dict(zarr_format=3, node_type='group', attributes=about, consolidated_metadata=meta)))
 
+# %% ../../nbs/11_data.tiles.ipynb #00000067
 def _finish(out, plan, ground, dealt, journal, chunk, helpers, asked):
     "From the journal to a store"
     L, (index, outlines) = plan.layout, _index(plan, ground, dealt, journal)
     full = {k: index[f'full_{k}'].to_numpy() for k in L.modalities}
     per, there = _close_files(L, out, len(index), chunk, full)
     train = np.flatnonzero(index.split == 'train') if asked['splits'][0] > 0 else np.arange(len(index))
+    for h in helpers: h.ask('resize', per)
     stats = statistics(L, helpers, train, {k: v[train] for k, v in full.items()})
     _write(out/'stats.json', json.dumps(stats, indent=1))
     _write(out/'index.csv', index.to_csv(index=False, lineterminator='\n'))
@@ -893,7 +947,7 @@ def _finish(out, plan, ground, dealt, journal, chunk, helpers, asked):
         seed=asked['seed'], chunk=per, validity_files=there, asked=asked), indent=1))
     _metadata(out, L, index, per)
 
-# %% ../../nbs/11_data.tiles.ipynb #0000003b
+# %% ../../nbs/11_data.tiles.ipynb #00000069
 def make_report(plan, ground, dealt, journal, index, asked) -> dict:
     "Counts of what is in the store and what is not"
     names, t = [s.name for s in plan.scenes.scenes], plan.layout.tile
@@ -913,9 +967,10 @@ def make_report(plan, ground, dealt, journal, index, asked) -> dict:
                 left_out=dict(buffer=sum(r['buffer'] for r in rows), few_valid=sum(r['few_valid'] for r in rows),
                               failed_scenes=len(journal.failed), too_small_scenes=sum(r['too_small'] for r in rows)),
                 failed={names[i]: why for i, why in sorted(journal.failed.items())}, missing_modality={k: n for k, n in missing.items() if n},
-                block=[round(float(v), 2) for v in (side.min(), side.max())] if len(side) else None, blocks=len(set(dealt.block.tolist())), min_valid=asked['min_valid'],
-                unlabelled=int((index.label < 0).sum()) if plan.scenes.classes else None, scenes=rows)
+                block=[round(float(v), 2) for v in (side.min(), side.max())] if len(side) else None, blocks=len(set(dealt.block.tolist())),
+                min_valid=asked['min_valid'], unlabelled=int((index.label < 0).sum()) if plan.scenes.classes else None, scenes=rows)
 
+# %% ../../nbs/11_data.tiles.ipynb #0000006a
 def _covered(starts, t): # length of the union of [s, s + t)
     s = np.unique(starts)
     return float(np.minimum(np.diff(s, append=s[-1] + t), t).sum())
@@ -924,13 +979,16 @@ def report_text(r:dict # from `make_report`
                ) -> str:
     "The report for people"
     o, many = r['left_out'], lambda n, what: f'{n} {what}' + ('' if n == 1 else 's')
-    out = [f"# {many(r['tiles'], 'tile')} of {many(len(r['scenes']) + len([f for f in r['failed'] if f not in {s['scene'] for s in r['scenes']}]), 'scene')}", '',
+    scenes = {s['scene'] for s in r['scenes']} | set(r['failed'])
+    out = [f"# {many(r['tiles'], 'tile')} of {many(len(scenes), 'scene')}", '',
            ', '.join(f'{k} {n}' for k, n in r['splits'].items()) + f" (seed {r['seed']}, {many(r['blocks'], 'block')} of ground"
            + (f", {r['block'][0]:g} m or px wide)" if r['block'] else ', each a scene or cluster of scenes)'), '', '## Left out', '']
     if o['few_valid']: out.append(f"- {many(o['few_valid'], 'tile')} with less than {r['min_valid']:.0%} valid pixels")
     if o['buffer']: out.append(f"- {many(o['buffer'], 'tile')} too close to ground of another split")
     edge = [s for s in r['scenes'] if s['edge'] >= .01 and not s['too_small']]
-    if edge: out.append(f"- at the right and lower edges {max(s['edge'] for s in edge):.0%} of a scene's ground at most: no whole tile fits there ({many(len(edge), 'scene')})")
+    if edge:
+        most = max(s['edge'] for s in edge)
+        out.append(f"- up to {most:.0%} of a scene's ground at its right and lower edges, where no whole tile fits ({many(len(edge), 'scene')})")
     small = [s['scene'] for s in r['scenes'] if s['too_small']]
     if small: out.append(f"- {many(len(small), 'scene')} smaller than a tile: {', '.join(small[:20])}")
     out += [f'- scene {k}: {why}' for k, why in r['failed'].items()]
@@ -945,7 +1003,7 @@ def report_text(r:dict # from `make_report`
     rows = [f"| {s['scene']} | {s['candidates']} | {s['tiles']} | {s['few_valid']} | {s['buffer']} |" for s in r['scenes'][:200]]
     return '\n'.join(out + head + rows + ([f"| ... {len(r['scenes']) - 200} more in report.json | | | | |"] if len(r['scenes']) > 200 else [])) + '\n'
 
-# %% ../../nbs/11_data.tiles.ipynb #0000003d
+# %% ../../nbs/11_data.tiles.ipynb #0000006d
 class TileStore:
     "A folder of tiles written by `build_store`"
     def __init__(self,
@@ -965,59 +1023,74 @@ class TileStore:
         self._label = self._column('label', np.int64)
         self._full = {k: self._column(f'full_{k}', bool) for k in self.modalities}
 
-    def _about(self):
-        p = self.path/'store.json'
-        if not p.exists():
-            if (self.path/'journal.jsonl').exists(): raise DataError('the build of this store is not finished', self.path, fix='Run the same build again: it continues where it stopped.')
-            raise DataError('this is no tile store' if self.path.is_dir() else 'this folder does not exist', self.path, fix='Build one with `rs-selfsup build scenes.yaml out/`.')
-        d = self._json('store.json')
-        if d.get('version') != VERSION: raise DataError(f"store of version {d.get('version')}, this package reads version {VERSION}", p, fix='Build it again, or install the package that wrote it.')
-        return d
-
-    def _json(self, name):
-        try: return json.loads((self.path/name).read_text())
-        except (OSError, ValueError): raise DataError('this part of the store is missing or cut short', self.path/name, fix='Copy the store again, or delete it and run build again.') from None
-
-    def _column(self, name, dtype):
-        p = self.path/name/'c.0'
-        a = np.fromfile(p, dtype) if p.exists() else ()
-        if len(a) != self._n: raise DataError(f'this part of the store holds {len(a)} of {self._n} entries', p, fix='Copy the store again, or delete it and run build again.')
-        return a
-
-    def _check_files(self):
-        some = self.about['validity_files']
-        for name, f in self._files.items():
-            for c in some.get(name, ()) if name.startswith('valid_') else range(-(-self._n//f.chunk)):
-                try: short = os.path.getsize(f.path(c)) != f.chunk*f.nbytes
-                except OSError: raise f._broken(c, 'is missing') from None
-                if short: raise f._broken(c, 'is too short')
-
     def __len__(self): return self._n
-    def __repr__(self): return f"TileStore('{self.path.name}', {self._n} tiles, " + ', '.join(f"{k} {m.n_bands}x{'x'.join(map(str, self.tile_size[k]))}" for k, m in self.modalities.items()) + ')'
+    def __repr__(self):
+        what = (f"{k} {m.n_bands}x{'x'.join(map(str, self.tile_size[k]))} {self.layout.dtypes[k]}" for k, m in self.modalities.items())
+        return f"TileStore('{self.path.name}', {self._n} tiles, {', '.join(what)})"
     def __getstate__(self): return {**self.__dict__, '_index': None, '_report': None}
 
-# %% ../../nbs/11_data.tiles.ipynb #0000003e
-def _ids(self, ids):
+# %% ../../nbs/11_data.tiles.ipynb #0000006e
+@patch
+def _about(self:TileStore):
+    p = self.path/'store.json'
+    if not p.exists():
+        if (self.path/'journal.jsonl').exists():
+            raise DataError('the build of this store is not finished', self.path, fix='Run the same build again: it continues where it stopped.')
+        raise DataError('this is no tile store' if self.path.is_dir() else 'this folder does not exist', self.path,
+                        fix='Build one with `rs-selfsup build scenes.yaml out/`.')
+    d = self._json('store.json')
+    if d.get('version') != VERSION:
+        raise DataError(f"store of version {d.get('version')}, this package reads version {VERSION}", p,
+                        fix='Build it again, or install the package that wrote it.')
+    return d
+
+@patch
+def _json(self:TileStore, name):
+    try: return json.loads((self.path/name).read_text())
+    except (OSError, ValueError): raise DataError('this part of the store is missing or cut short', self.path/name, fix=_AGAIN) from None
+
+@patch
+def _column(self:TileStore, name, dtype):
+    p = self.path/name/'c.0'
+    a = np.fromfile(p, dtype) if p.exists() else ()
+    if len(a) != self._n: raise DataError(f'this part of the store holds {len(a)} of {self._n} entries', p, fix=_AGAIN)
+    return a
+
+@patch
+def _check_files(self:TileStore):
+    some = self.about['validity_files']
+    for name, f in self._files.items():
+        for c in some.get(name, ()) if name.startswith('valid_') else range(-(-self._n//f.chunk)):
+            try: short = os.path.getsize(f.path(c)) != f.chunk*f.nbytes
+            except OSError: raise f._broken(c, 'is missing') from None
+            if short: raise f._broken(c, 'is too short')
+
+# %% ../../nbs/11_data.tiles.ipynb #0000006f
+@patch
+def _ids(self:TileStore, ids):
     ids = np.atleast_1d(np.asarray(ids))
-    if ids.dtype.kind not in 'iu' or (len(ids) and not (0 <= ids.min() and ids.max() < self._n)): raise IndexError(f'tile ids must be whole numbers from 0 to {self._n - 1}')
+    if ids.dtype.kind not in 'iu' or (len(ids) and not (0 <= ids.min() and ids.max() < self._n)):
+        raise IndexError(f'tile ids must be whole numbers from 0 to {self._n - 1}')
     return ids.astype(np.int64, copy=False)
 
-def read(self,
+@patch
+def read(self:TileStore,
          ids, # (B,) tile ids, any order, repeats allowed
          targets:bool=True # read the dense targets too
-        ) -> dict: # images {modality: (B, C, h, w) as stored}, valid {modality: (B, 1, h, w) bool, or None: all valid}, targets {name: (B, H, W)}, label (B,)
-    "A batch of tiles"
+        ) -> dict: # images, valid, targets: dicts of arrays; label: (B,) int64, -1 = none
+    "A batch: images (B, C, h, w) as stored, valid (B, 1, h, w) bool or None where every tile is full, targets (B, H, W)"
     ids, valid = self._ids(ids), {}
     for k, full in self._full.items():
         holes = np.flatnonzero(~full[ids])
         f, valid[k] = self._files[f'valid_{k}'], None
         if not len(holes): continue
         valid[k] = np.ones((len(ids), 1, *f.shape), bool)
-        for i in holes.tolist(): f.read(ids[i:i + 1], valid[k][i])
-    return dict(images={k: self._files[k].read(ids) for k in self.modalities}, valid=valid,
-                targets={k: self._files[f'target_{k}'].read(ids) for k in (self.targets if targets else ())}, label=self._label[ids])
+        for i in holes.tolist(): f.take(ids[i:i + 1], valid[k][i])
+    return dict(images={k: self._files[k].take(ids) for k in self.modalities}, valid=valid,
+                targets={k: self._files[f'target_{k}'].take(ids) for k in (self.targets if targets else ())}, label=self._label[ids])
 
-def split(self,
+@patch
+def split(self:TileStore,
           name:str|None=None # 'train', 'val', 'test'; None: all
          ) -> np.ndarray: # tile ids, ascending
     "The tiles of a split"
@@ -1025,35 +1098,37 @@ def split(self,
     if name not in SPLITS: raise DataError(f"no split is called '{name}'", fix=f"There are {', '.join(SPLITS)}.")
     return np.flatnonzero((self.index.split == name).to_numpy())
 
-def to_xarray(self): # -> `xarray.Dataset`, read on demand
+# %% ../../nbs/11_data.tiles.ipynb #00000070
+@patch
+def to_xarray(self:TileStore): # -> `xarray.Dataset`, read on demand
     "The whole store as xarray sees it"
     import xarray
     return xarray.open_zarr(self.path, consolidated=True)
 
-def _read_index(self):
+@patch(as_prop=True)
+def index(self:TileStore): # table: tile, scene, group, row, col, split, label, valid_<modality>, full_<modality>
     if self._index is None:
         import pandas as pd
         p = self.path/'index.csv'
         try: d, raw = pd.read_csv(p, dtype=dict(scene=str, group=str, split=str), keep_default_na=False), p.read_bytes()[-1:]
-        except (OSError, ValueError) as e: d, raw = (), b''
-        if len(d) != self._n or raw != b'\n': raise DataError(f'the index is cut short or missing: {len(d)} of {self._n} tiles', p, fix='Copy the store again, or delete it and run build again.')
+        except (OSError, ValueError): d, raw = (), b''
+        if len(d) != self._n or raw != b'\n':
+            raise DataError(f'the index is cut short or missing: {len(d)} of {self._n} tiles', p, fix=_AGAIN)
         self._index = d
     return self._index
 
-def _read_stats(self):
+@patch(as_prop=True)
+def stats(self:TileStore): # modality -> mean, std, min, max, p01, p02, p50, p98, p99: lists, physical units, train split
     if self._stats is None: self._stats = self._json('stats.json')
     return self._stats
 
-def _read_report(self):
+@patch(as_prop=True)
+def report(self:TileStore): # what is in the store and what was left out, see report.md
     if self._report is None: self._report = self._json('report.json')
     return self._report
 
-for f in (_ids, read, split, to_xarray): setattr(TileStore, f.__name__, f)
-TileStore.index = property(_read_index, doc='Table of tiles: tile, scene, group, row, col, split, label, valid_<modality>, full_<modality>')
-TileStore.stats = property(_read_stats, doc='modality -> mean, std, min, max, p01, p02, p50, p98, p99: lists, physical units, train split')
-TileStore.report = property(_read_report, doc='What is in the store and what was left out, see report.md')
-
-# %% ../../nbs/11_data.tiles.ipynb #00000040
+# %% ../../nbs/11_data.tiles.ipynb #00000072
+@patch
 def show(self:TileStore,
          ids=None, # tile ids; None: `n` spread over the store
          n:int=3 # how many
@@ -1072,8 +1147,10 @@ def show(self:TileStore,
         show_modalities(images, self.modalities, valid, row, f"{i} {self.index.split[i]}{label}\n")
     return axs
 
+# %% ../../nbs/11_data.tiles.ipynb #00000073
 SPLIT_COLORS = dict(train='#4477aa', val='#ee7733', test='#009988')
 
+@patch
 def show_splits(self:TileStore,
                 scene:str|None=None, # only this one; None: all
                 ax=None # matplotlib axes; None: a new small figure
@@ -1098,5 +1175,3 @@ def show_splits(self:TileStore,
     for k, n in self.report['splits'].items(): ax.plot([], [], 's', color=SPLIT_COLORS[k], label=f'{k} {n}')
     ax.set(xlabel=unit, aspect='equal'); ax.autoscale_view(); ax.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1), frameon=False)
     return ax
-
-TileStore.show, TileStore.show_splits = show, show_splits

@@ -32,10 +32,10 @@ def information_score_loop(
     return np.array(out)
 
 # %% ../../nbs/20_masking.adaptive.ipynb #0000000c
-def _patch_sum(x:Tensor, p:int, valid=None)->Tensor:
-    "(B, H, W) -> (B, gh, gw) float64: rows first, in float32 (exact for integers), then columns"
-    b,h,w = x.shape
-    return x.reshape(b, h//p, p, w).sum(2).reshape(b, h//p, w//p, p).sum(-1, dtype=torch.float64)
+def _patch_sum(x:Tensor, p:int)->Tensor:
+    "(B, [C,] H, W) -> (B, gh, gw) float64: rows, then bands in float32 (exact for integers), then columns"
+    b,h,w = len(x),*x.shape[-2:]
+    return x.reshape(b, -1, h//p, p, w).sum(3).sum(1).reshape(b, h//p, w//p, p).sum(-1, dtype=torch.float64)
 
 def _sobel_sum(
     g:Tensor, # (B, H, W) grey
@@ -81,7 +81,7 @@ def _whole(
 def _grey(x:Tensor, grey:str)->Tensor:
     "(B, C, H, W) -> (B, H, W)"
     if grey=='auto': grey = 'luma' if x.shape[1]==3 else 'mean'
-    if grey=='mean': return x.mean(1) if x.shape[1]>1 else x[:,0]
+    if grey=='mean': return x.mean(1)
     r,g,b = x.unbind(1)
     return (.299*r).add_(g, alpha=.587).add_(b, alpha=.114)
 
@@ -89,13 +89,11 @@ def _score(x:Tensor, p:int, valid:Tensor|None, grey:str)->Tensor:
     "(B, C, H, W) -> (B, gh, gw)"
     x = x.float()-128
     if valid is not None: x = torch.where(valid, x, 0.)
-    s,q = x[:,0],x[:,0].square()
-    for c in x[:,1:].unbind(1): s,q = s+c,q.addcmul_(c, c)
-    ok = None if valid is None else _whole(valid[:,0], p).float()
-    n = p*p if valid is None else _patch_sum(valid[:,0].float(), p).clamp_(min=1)
-    k = p*p if valid is None else _patch_sum(ok, p).clamp_(min=1)
-    var = _patch_sum(q, p)/(n*x.shape[1])-(_patch_sum(s, p)/(n*x.shape[1]))**2
-    return (var.clamp_(min=0)+_sobel_sum(_grey(x, grey), p, ok)/k).float()
+    g,c,ok = _grey(x, grey),x.shape[1],None if valid is None else _whole(valid[:,0], p).float()
+    n,k = (p*p,p*p) if valid is None else (_patch_sum(t, p).clamp_(min=1) for t in (valid.float(),ok))
+    var = (_patch_sum(x, p)/(n*c)).square_().neg_()
+    var += _patch_sum(x.square_(), p)/(n*c)                # in place: x is our own copy
+    return (var.clamp_(min=0)+_sobel_sum(g, p, ok)/k).float()
 
 # %% ../../nbs/20_masking.adaptive.ipynb #00000011
 def _check_grid(h:int, w:int, p:int):
@@ -112,7 +110,7 @@ def information_score(
     "Information per patch: mean Sobel magnitude plus variance of all values"
     b,_,h,w = x255.shape
     _check_grid(h, w, patch)
-    step = max(1, (2**26 if x255.is_cuda else 2**17)//(h*w))
+    step = max(1, (2**26 if x255.is_cuda else 2**17*torch.get_num_threads())//(h*w))
     out = x255.new_empty(b, h//patch, w//patch, dtype=torch.float32)
     for i in range(0, b, step):
         s = slice(i, i+step)

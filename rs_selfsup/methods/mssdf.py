@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'CHOICES', 'visible_tokens', 'area_pool', 'together', 'Blocks', 'modality_loss', 'MSSDF', 'pca_rgb']
 
-# %% ../../nbs/50_methods.mssdf.ipynb #00000002
+# %% ../../nbs/50_methods.mssdf.ipynb #00000003
 import copy, functools, itertools, math
 import torch
 from fastcore.basics import patch
@@ -16,14 +16,14 @@ from ..distributed import global_mean, world
 from ..encoders import MultiModalViT, attention_mask, _init_linear
 from ..losses.alignment import dense_infonce
 from ..losses.core import float32
-from ..losses.reconstruction import masked_mse, normalize_targets
+from ..losses.reconstruction import masked_mse, normalize_targets, standardize_targets
 from ..losses.redundancy import linear_hsic
 from ..masking.adaptive import information_score, make_mask, token_validity
 from ..masking.crossmodal import crossmodal_mask, crossmodal_mask_literal, crossmodal_probability
 from ..modalities import DataError
 from ..randomness import STREAMS, uniform
 
-# %% ../../nbs/50_methods.mssdf.ipynb #00000006
+# %% ../../nbs/50_methods.mssdf.ipynb #00000007
 def visible_tokens(
     mask:Tensor,             # (B, N) bool, True = hidden
     keep:int,                # K: no sample has more visible ones
@@ -34,7 +34,7 @@ def visible_tokens(
     index = hidden.to(torch.uint8).argsort(dim=1, stable=True)[:, :keep]
     return index, ~hidden.gather(1, index)
 
-# %% ../../nbs/50_methods.mssdf.ipynb #0000000a
+# %% ../../nbs/50_methods.mssdf.ipynb #0000000b
 @functools.lru_cache(None)
 def _overlap(n:int, m:int, device) -> Tensor:
     "(m, n): share of each of n equal pieces of a line in each of m equal pieces; rows sum to 1."
@@ -53,7 +53,7 @@ def area_pool(
     y, z = _overlap(grid[0], to[0], x.device), _overlap(grid[1], to[1], x.device)
     return torch.einsum('ay,bz,nyzd->nabd', y.to(x), z.to(x), x.unflatten(1, tuple(grid))).flatten(1, 2)
 
-# %% ../../nbs/50_methods.mssdf.ipynb #0000000e
+# %% ../../nbs/50_methods.mssdf.ipynb #0000000f
 def together(
     fn,                      # (tokens (B, K, D), key_valid (B, K) | None) -> (B, ..)
     tokens:dict,             # modality -> (B, K_m, D)
@@ -69,7 +69,7 @@ def together(
             out.update(zip(ms, fn(torch.cat([tokens[m] for m in ms]), kv).chunk(len(ms))))
     return {m: out[m] for m in tokens}
 
-# %% ../../nbs/50_methods.mssdf.ipynb #00000010
+# %% ../../nbs/50_methods.mssdf.ipynb #00000011
 class Blocks(nn.Module):
     "Transformer blocks and a norm: fusion and decoder are made of these."
     def __init__(self,
@@ -87,7 +87,7 @@ class Blocks(nn.Module):
         for block in self.blocks: x = block(x, mask)
         return self.norm(x if last is None else x[:, -last:])
 
-# %% ../../nbs/50_methods.mssdf.ipynb #00000012
+# %% ../../nbs/50_methods.mssdf.ipynb #00000013
 @float32
 def modality_loss(
     logits:Tensor,             # (M*B, M): modality by modality, a row per sample
@@ -100,10 +100,10 @@ def modality_loss(
     present = torch.ones_like(loss) if present is None else present.to(loss)
     return global_mean((loss * present).sum(), present.sum())
 
-# %% ../../nbs/50_methods.mssdf.ipynb #00000016
+# %% ../../nbs/50_methods.mssdf.ipynb #00000017
 WEIGHTS = dict(rec=1., align=.5, hsic=.2, cls=.1)
 CHOICES = dict(mask=('adaptive', 'inverted', 'random', 'block'), crossmodal=('complementary', 'literal', None), align_on=('all', 'masked'),
-               negatives=('batch@position', 'position@image', 'all'), hsic=('width', 'none', 'cka'))
+               negatives=('batch@position', 'position@image', 'all'), hsic=('width', 'none', 'cka'), target_norm=('batch', 'layer', None))
 
 def _check(names, weights, ratio, **choices):
     "Raise for a setting that means nothing."
@@ -114,7 +114,7 @@ def _check(names, weights, ratio, **choices):
     if len(names) < 2 and (weights['align'] or weights['hsic'] or weights['cls']):
         raise DataError(f'MSSDF compares modalities and got only {names}', fix='Add one, or set the weights of align, hsic and cls to 0.')
 
-# %% ../../nbs/50_methods.mssdf.ipynb #00000017
+# %% ../../nbs/50_methods.mssdf.ipynb #00000018
 class MSSDF(nn.Module):
     "Masked latent prediction across modalities: `forward(batch)` returns named losses."
     def __init__(self,
@@ -134,7 +134,7 @@ class MSSDF(nn.Module):
         align_on:str='all',            # places compared across modalities: 'all' or those 'masked' in both
         temperature:float=.07,         # of the alignment
         hsic:str='width',              # scale of the redundancy: 'width', 'cka', 'none' (published)
-        target_norm:bool=True,         # parameter-free LayerNorm of the targets; published: False
+        target_norm:str|None='batch',  # of the targets: 'batch' = each feature over the batch, 'layer' = parameter-free LayerNorm, None (published)
         cls_to_tokens:bool=True,       # add the detached CLS to its modality's tokens
         min_valid:float=.5,            # a token counts when this share of its pixels is valid
         gather:bool=True,              # compare with the batches of all processes
@@ -144,13 +144,13 @@ class MSSDF(nn.Module):
         for k, v in self.config.items(): setattr(self, k, v)
         self.weights, self.crossmodal_p = {**WEIGHTS, **(weights or {})}, crossmodal_p or {}
         self.names = [encoder.anchor] + [m for m in encoder.modalities if m != encoder.anchor]
-        _check(self.names, self.weights, mask_ratio, mask=mask, crossmodal=crossmodal, align_on=align_on, negatives=negatives, hsic=hsic)
+        _check(self.names, self.weights, mask_ratio, mask=mask, crossmodal=crossmodal, align_on=align_on, negatives=negatives, hsic=hsic, target_norm=target_norm)
         self.encoder, self.normalize = encoder, normalize
         self._build(encoder.embed_dim, encoder.num_heads)
         self.teacher = copy.deepcopy(encoder).requires_grad_(False).eval()
         self.set_epoch(0)
 
-# %% ../../nbs/50_methods.mssdf.ipynb #00000019
+# %% ../../nbs/50_methods.mssdf.ipynb #0000001a
 @patch
 def _build(self:MSSDF, D:int, H:int):
     "Fusion, decoder and heads for an encoder D wide with H heads."
@@ -168,7 +168,7 @@ def set_epoch(self:MSSDF, epoch:int):
     "Sets p of the cross-modal masks."
     self.p = crossmodal_probability(epoch, **self.crossmodal_p)
 
-# %% ../../nbs/50_methods.mssdf.ipynb #0000001c
+# %% ../../nbs/50_methods.mssdf.ipynb #0000001d
 @patch
 def update_teacher(self:MSSDF,
     momentum:float,          # m: share of the old teacher that stays, e.g. .996
@@ -185,7 +185,7 @@ def train(self:MSSDF, mode:bool=True):
     self.teacher.eval()
     return self
 
-# %% ../../nbs/50_methods.mssdf.ipynb #0000001f
+# %% ../../nbs/50_methods.mssdf.ipynb #00000020
 @patch
 def masks(self:MSSDF,
     batch,                   # `Batch`
@@ -217,7 +217,7 @@ def _scores(self:MSSDF, z, valid):
 @patch
 def _noise(self:MSSDF, batch, stream, grid, i=0): return uniform(batch.key, grid[0] * grid[1], STREAMS[stream] + i)
 
-# %% ../../nbs/50_methods.mssdf.ipynb #00000020
+# %% ../../nbs/50_methods.mssdf.ipynb #00000021
 @patch
 def _cross(self:MSSDF, batch, hidden, real, grids):
     "The cross-modal rule: every further modality against the first."
@@ -234,7 +234,7 @@ def _to_grid(flags, grid, to):
     if flags is None or tuple(grid) == tuple(to): return flags
     return area_pool(flags[..., None].float(), grid, to)[..., 0] >= .5
 
-# %% ../../nbs/50_methods.mssdf.ipynb #00000025
+# %% ../../nbs/50_methods.mssdf.ipynb #00000026
 @patch
 def fuse(self:MSSDF,
     seen:dict,               # modality -> (B, K, d) visible tokens, decoder's width
@@ -260,7 +260,7 @@ def fuse(self:MSSDF,
     keys = F.pad(count, (x.shape[1], 0), value=True) if keys is None else torch.cat([keys, count], 1)
     return self.fusion(torch.cat([x, self.fusion_query + places], 1), keys, count.shape[1]), places, count
 
-# %% ../../nbs/50_methods.mssdf.ipynb #00000027
+# %% ../../nbs/50_methods.mssdf.ipynb #00000028
 @patch
 def decode(self:MSSDF,
     fused:Tensor,            # (B, Q, d) from `fuse`
@@ -277,7 +277,7 @@ def decode(self:MSSDF,
         kv[m] = None if count is None else F.pad(count, (0, len(q)), value=True)
     return together(lambda x, kv: self.head(self.decoder(x, kv, n[x.shape[1]])), x, kv)
 
-# %% ../../nbs/50_methods.mssdf.ipynb #00000029
+# %% ../../nbs/50_methods.mssdf.ipynb #0000002a
 @patch
 def predict(self:MSSDF,
     batch,                   # `Batch`
@@ -305,9 +305,10 @@ def _targets(self:MSSDF, patches, real, grids):
     with torch.no_grad():
         x = {m: self.teacher.tokens(patches[m], m, grids[m]) for m in self.names}
         x = {m: t[:, 1:] for m, t in together(self.teacher.trunk, x, real).items()}
+        if self.target_norm == 'batch': return {m: standardize_targets(t, real[m]) for m, t in x.items()}
         return {m: normalize_targets(t) for m, t in x.items()} if self.target_norm else x
 
-# %% ../../nbs/50_methods.mssdf.ipynb #0000002b
+# %% ../../nbs/50_methods.mssdf.ipynb #0000002c
 @patch
 def losses(self:MSSDF, pred:dict, target:dict, cls:dict, hidden:dict, real:dict, grids:dict) -> dict:
     "The terms whose weight is not zero."
@@ -341,7 +342,7 @@ def forward(self:MSSDF,
         raise DataError('a batch of one has no other image to align against', fix="Use two or more, or negatives='position@image'.")
     return self.losses(**self.predict(batch))
 
-# %% ../../nbs/50_methods.mssdf.ipynb #00000039
+# %% ../../nbs/50_methods.mssdf.ipynb #0000003a
 @float32
 def pca_rgb(
     tokens:Tensor,             # (B, N, D)
@@ -358,7 +359,7 @@ def pca_rgb(
     lo, hi = (((use - mean) @ basis).quantile(q, 0) for q in (.02, .98))
     return ((y - lo) / (hi - lo).clamp(min=1e-6)).clamp(0, 1).unflatten(0, tokens.shape[:2])
 
-# %% ../../nbs/50_methods.mssdf.ipynb #0000003a
+# %% ../../nbs/50_methods.mssdf.ipynb #0000003b
 @patch
 def visualize(self:MSSDF,
     batch,                   # `Batch`
@@ -377,8 +378,8 @@ def visualize(self:MSSDF,
     finally: self.train(training)
     return out
 
-# %% ../../nbs/50_methods.mssdf.ipynb #0000003e
+# %% ../../nbs/50_methods.mssdf.ipynb #0000003f
 @patch(cls_method=True)
 def published(cls:MSSDF, encoder:MultiModalViT, normalize, **kw):
     "The released code's choices where ours differ, as they were meant."
-    return cls(encoder, normalize, **{**dict(crossmodal='literal', negatives='position@image', hsic='none', target_norm=False), **kw})
+    return cls(encoder, normalize, **{**dict(crossmodal='literal', negatives='position@image', hsic='none', target_norm=None), **kw})
