@@ -74,7 +74,8 @@ def layered(
 # %% ../nbs/95_cli.ipynb #0000000e
 def build_parser() -> argparse.ArgumentParser:
     "The parser of all commands."
-    parser = argparse.ArgumentParser("rs-selfsup", description="Self-supervised learning on multi-modal remote sensing imagery: rasters in, a measured encoder out.")
+    about = "Self-supervised learning on multi-modal remote sensing imagery: rasters in, a measured encoder out."
+    parser = argparse.ArgumentParser("rs-selfsup", description=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_synth, _add_build, _add_pretrain, _add_resume, _add_embed, _add_probe, _add_export, _add_bench, _add_demo):
         p = add(commands)
@@ -131,7 +132,8 @@ def build(args):
     from rs_selfsup.data.tiles import build_store
 
     scenes = load_scenes(args.scenes, root=args.root)
-    store = build_store(scenes, args.out, args.tile, args.stride, args.min_valid, tuple(args.splits), args.block, args.buffer, args.workers, args.seed)
+    names = ("tile", "stride", "min_valid", "splits", "block", "buffer", "workers", "seed")
+    store = build_store(scenes, args.out, **{k: getattr(args, k) for k in names})
     store_pictures(store, args.out)
     print((args.out / "report.md").read_text())
     print(f"store:    {args.out}\npictures: {args.out / 'tiles.png'}\nnext:     rs-selfsup pretrain {args.out} RUN")
@@ -158,7 +160,8 @@ def _save_figure(fig, path):
 
 # %% ../nbs/95_cli.ipynb #00000013
 def _add_pretrain(commands):
-    p = _command(commands, "pretrain", pretrain, "pre-train an encoder on a tile store, without labels", "store run --encoder vit_small_patch16_224 --epochs 100")
+    example = "store run --encoder vit_small_patch16_224 --epochs 100"
+    p = _command(commands, "pretrain", pretrain, "pre-train an encoder on a tile store, without labels", example)
     p.add_argument("store", type=Path, help="tile store")
     p.add_argument("out", type=Path, help="folder of the run")
     p.add_argument("--method", choices=["mssdf"], default="mssdf", help="pre-training method")
@@ -178,7 +181,8 @@ def _add_pretrain(commands):
     p.add_argument("--keep", type=int, default=3, help="newest checkpoints that stay")
     p.add_argument("--tensorboard", action="store_true", help="event files too")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and masks")
-    p.add_argument("--set", dest="settings", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the method or of timm, e.g. mask=random embed_dim=96")
+    more = "settings of the method or of timm, e.g. mask=random embed_dim=96"
+    p.add_argument("--set", dest="settings", nargs="*", default=[], metavar="NAME=VALUE", help=more)
     return p
 
 
@@ -212,11 +216,14 @@ def learner(
     import torch
 
     from rs_selfsup.data.loading import dataloaders
+    from rs_selfsup.data.tiles import TileStore
     from rs_selfsup.pretrain import MSSDFLearner
 
     if config["threads"]:
         torch.set_num_threads(config["threads"])
-    dls = dataloaders(config["store"], bs=config["bs"], crop=config["crop"], workers=config["workers"], seed=config["seed"])
+    store = TileStore(config["store"])
+    splits = [s for s in ("train", "val") if s == "train" or len(store.split(s))]  # small stores may have nothing to validate on
+    dls = dataloaders(store, bs=config["bs"], crop=config["crop"], workers=config["workers"], seed=config["seed"], splits=splits)
     learn = MSSDFLearner(dls, config["encoder"], config["patch_size"], config["seed"], **config["settings"])
     return dict(fp32=learn.to_fp32, bf16=learn.to_bf16, fp16=learn.to_fp16)[config["precision"]]()
 
@@ -242,7 +249,8 @@ def run(
     learn.fit_pretrain(c["epochs"], momentum=tuple(c["momentum"]), checkpoint_dir=out / "checkpoints", resume=resume, **{k: c[k] for k in names})
     if is_main():
         finish(learn, out)
-        print(f"encoder: {out / 'encoder.safetensors'} (timm), {out / 'encoder_all.safetensors'} (all modalities)\nnext:    rs-selfsup probe {out / 'encoder_all.safetensors'} {c['store']}")
+        both = out / "encoder_all.safetensors"
+        print(f"encoder: {out / 'encoder.safetensors'} (timm), {both} (all modalities)\nnext:    rs-selfsup probe {both} {c['store']}")
     return learn
 
 
@@ -314,16 +322,18 @@ def load(path, store):
     encoder = load_encoder(path)
     missing = [m for m in encoder.modalities if m not in store.modalities]
     if missing:
-        raise DataError(f"was trained on {list(encoder.modalities)}, the store has {list(store.modalities)}: no {missing}", file=path,
-                        fix="Build a store with these modalities, or export one modality that it has.")
+        problem = f"was trained on {list(encoder.modalities)}, the store has {list(store.modalities)}: no {missing}"
+        raise DataError(problem, file=path, fix="Build a store with these modalities, or export one modality that it has.")
     for name, m in encoder.modalities.items():
         if m.band_names != store.modalities[name].band_names:
-            raise DataError(f"knows {name} as {m.band_names}, the store has {store.modalities[name].band_names}", file=path, fix="Give the bands it was trained on.")
+            problem = f"knows {name} as {m.band_names}, the store has {store.modalities[name].band_names}"
+            raise DataError(problem, file=path, fix="Give the bands it was trained on.")
     return encoder, Normalize(store.modalities, {**store.stats, **(encoder.stats or {})})
 
 # %% ../nbs/95_cli.ipynb #00000018
 def _add_probe(commands):
-    p = _command(commands, "probe", probe, "kNN and linear probe of an encoder, beside both baselines", "run/encoder_all.safetensors store --fractions 1 5 20 100")
+    p = _command(commands, "probe", probe, "kNN and linear probe of an encoder, beside both baselines",
+                 "run/encoder_all.safetensors store --fractions 1 5 20 100")
     p.add_argument("encoder", type=Path, help="file from pretrain or export")
     p.add_argument("store", type=Path, help="tile store with labels in train, val and test")
     p.add_argument("--fractions", type=float, nargs="+", default=[100], help="shares of the training labels in percent")

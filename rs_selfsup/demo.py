@@ -9,7 +9,6 @@ __all__ = ['PAGE', 'DemoSettings', 'make_store', 'Counter', 'make_learner', 'run
 # %% ../nbs/94_demo.ipynb #00000003
 import html
 import json
-import math
 import os
 import platform
 import time
@@ -23,7 +22,7 @@ import torch
 from fastai.callback.core import Callback
 from tqdm.auto import tqdm
 
-from .data.loading import dataloaders, eval_loader
+from .data.loading import dataloaders
 from .data.synthetic import write_scenes
 from .data.tiles import TileStore, build_store
 from .evaluate import band_statistics, extract_features, plot_table, probe, split_features, summarize
@@ -94,12 +93,14 @@ def run_seed(
     store = TileStore(store_path)
     learn = make_learner(store, s, seed)
     keys = dict(bs=256, normalize=learn.dls.normalize, device=learn.dls.device)
-    read = lambda: split_features(store, lambda dl: extract_features(learn.method.encoder, dl), **keys)
+    encoder = learn.method.encoder
+    read = lambda: split_features(store, lambda dl: extract_features(encoder, dl), **keys)
     features = {"band statistics": split_features(store, band_statistics, **keys), "random initialisation": read()}
     start = time.perf_counter()
     with learn.no_bar(), learn.no_logging():
         cbs = [Counter(shared)] if shared is not None else []
-        learn.fit_pretrain(s.epochs, lr=s.lr, momentum=s.momentum, checkpoint_dir=out / "run", resume="auto", monitor=True, knn=False, cbs=cbs)
+        keys_ = dict(checkpoint_dir=out / "run", resume="auto", knn=False, cbs=cbs)
+        learn.fit_pretrain(s.epochs, lr=s.lr, momentum=s.momentum, **keys_)
     seconds = time.perf_counter() - start
     features["MSSDF"] = read()
     fit = dict(draws=0, Cs=(1e-3, 1e-2, 1e-1, 1.0, 10.0), max_iter=100)
@@ -180,12 +181,15 @@ def _seed_in_child(*job): return run_seed(*job, shared=_SHARED)
 # %% ../nbs/94_demo.ipynb #00000011
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>rs_selfsup demo</title>
 <style>body{{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}img{{max-width:100%}}
-table{{border-collapse:collapse}}td,th{{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}}pre{{background:#f5f5f5;padding:1rem;overflow-x:auto}}
+table{{border-collapse:collapse}}td,th{{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}}
+pre{{background:#f5f5f5;padding:1rem;overflow-x:auto}}
 td:first-child,th:first-child{{text-align:left}}</style>
 <h1>What {seeds} short pre-trainings learned</h1><p>{about}</p>
 <h2>The table</h2>{table}<pre>{verdict}</pre><img src="table.png" alt="score against labels">
-<h2>A scene, and its tiles</h2><p>RGB and height of the same ground; the split is by scene.</p><img src="scene.png" alt="scene"><img src="tiles.png" alt="tiles">
-<h2>Masks and features</h2><p>What the student sees, and the principal components of its features after training.</p><img src="seed_0/features.png" alt="features">
+<h2>A scene, and its tiles</h2><p>RGB and height of the same ground; the split is by scene.</p><img src="scene.png" alt="scene">
+<img src="tiles.png" alt="tiles">
+<h2>Masks and features</h2><p>What the student sees, and the principal components of its features after training.</p>
+<img src="seed_0/features.png" alt="features">
 <h2>Curves</h2><img src="seed_0/curves.png" alt="loss terms">
 <h2>Settings</h2><pre>{settings}</pre></html>"""
 
@@ -195,17 +199,15 @@ def write_page(out: Path, store: TileStore, table: pd.DataFrame, s: DemoSettings
     import matplotlib
 
     matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
     from rs_selfsup.cli import store_pictures
 
     _save(plot_table(table).figure, out / "table.png")
     store_pictures(store, out)
     _save(show_scene(out / "scenes" / "scenes.yaml"), out / "scene.png")
     table.to_csv(out / "table.csv", index=False)
-    about = (f"{len(store)} tiles of {s.tile} px, {s.epochs} epochs of MSSDF for each of {s.seeds} seeds, {minutes:.1f} minutes in all on "
-             f"{os.cpu_count()} cores{' and a GPU' if torch.cuda.is_available() else ''} ({platform.machine()}, torch {torch.__version__}). Linear probe and kNN accuracy on held-out scenes, "
-             "mean and 95 % interval over seeds.")
+    machine = f"{os.cpu_count()} cores{' and a GPU' if torch.cuda.is_available() else ''} ({platform.machine()}, torch {torch.__version__})"
+    about = (f"{len(store)} tiles of {s.tile} px, {s.epochs} epochs of MSSDF for each of {s.seeds} seeds, {minutes:.1f} minutes in all "
+             f"on {machine}. Linear probe and kNN accuracy on held-out scenes, mean and 95 % interval over seeds.")
     rows = table.round(4).to_html(index=False, border=0)
     (out / "index.html").write_text(PAGE.format(seeds=s.seeds, about=html.escape(about), table=rows, verdict=html.escape(verdict(table)),
                                                 settings=html.escape(json.dumps(asdict(s), indent=1))))

@@ -120,7 +120,8 @@ def _call_one(self:PretrainLearner, name):
 @patch
 def all_batches(self:PretrainLearner):
     self.n_iter = len(self.dl)
-    for i, b in enumerate(self.dl, self.steps.done if self.training else 0): self.one_batch(i, b)
+    for i, b in enumerate(self.dl, self.steps.done if self.training else 0):
+        if self.training or len(b[0]) > 1: self.one_batch(i, b)                  # a validation set may leave a batch of one: nothing to compare
 
 @patch
 def _set_device(self:PretrainLearner, b):
@@ -281,7 +282,7 @@ def export_encoder(self:PretrainLearner,
     "The encoder as a file for timm, with bands, units and statistics"
     from rs_selfsup.export import export_encoder
     about = dict(method=type(self.method).__name__, seed=self.seed, **self.settings)
-    own = dict(stats=getattr(getattr(self.dls, 'store', None), 'stats', None), config=plain(about))
+    own = dict(stats=getattr(getattr(self.dls, 'store', None), 'stats', None), normalize=getattr(self.method, 'normalize', None), config=plain(about))
     return export_encoder(self.method.encoder, path, **{**own, **kw})
 
 # %% ../nbs/61_pretrain.ipynb #00000018

@@ -139,7 +139,9 @@ def test_scaler_is_resumed(tmp_path):
 def test_table_has_every_term_and_means_are_right():
     seen = []
     learn = toy.toy_learner()
-    learn.fit(1, cbs=Spy('after_batch', lambda l: seen.append((l.training, len(l.xb[0]), float(l.loss.detach()), {k: float(v.detach()) for k, v in l.pred.items()}))))
+    terms = lambda pred: {k: float(v.detach()) for k, v in pred.items()}
+    look = lambda l: seen.append((l.training, len(l.xb[0]), float(l.loss.detach()), terms(l.pred)))
+    learn.fit(1, cbs=Spy('after_batch', look))
     row = dict(zip(learn.recorder.metric_names[1:], learn.final_record))
     for training, prefix in ((True, ''), (False, 'valid_')):
         part = [s[1:] for s in seen if s[0] == training]
@@ -205,6 +207,14 @@ def test_monitor_changes_nothing():
         learn = toy.toy_learner(); learn.fit(2, lr=1e-2, cbs=cbs); out.append(learn)
     assert all(torch.equal(v, out[1].method.state_dict()[k]) for k, v in out[0].method.state_dict().items())
     assert out[0].recorder.losses == out[1].recorder.losses
+
+
+def test_monitor_is_rare_by_default():
+    learn, often, default = toy.toy_learner(), CollapseMonitor(every=10, n=8), CollapseMonitor(n=8)      # 6 steps per epoch
+    learn.fit(4, cbs=often)
+    assert [h[0] for h in often.history] == [0, 10, 20, 24] and all(v[-2] is not None for v in learn.recorder.values)
+    learn.fit(1, cbs=default)
+    assert [h[0] for h in default.history] == [0, 6]
 
 
 def test_feature_health_closed_forms():

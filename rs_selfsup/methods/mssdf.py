@@ -144,7 +144,8 @@ class MSSDF(nn.Module):
         for k, v in self.config.items(): setattr(self, k, v)
         self.weights, self.crossmodal_p = {**WEIGHTS, **(weights or {})}, crossmodal_p or {}
         self.names = [encoder.anchor] + [m for m in encoder.modalities if m != encoder.anchor]
-        _check(self.names, self.weights, mask_ratio, mask=mask, crossmodal=crossmodal, align_on=align_on, negatives=negatives, hsic=hsic, target_norm=target_norm)
+        _check(self.names, self.weights, mask_ratio, mask=mask, crossmodal=crossmodal, align_on=align_on, negatives=negatives,
+               hsic=hsic, target_norm=target_norm)
         self.encoder, self.normalize = encoder, normalize
         self._build(encoder.embed_dim, encoder.num_heads)
         self.teacher = copy.deepcopy(encoder).requires_grad_(False).eval()
