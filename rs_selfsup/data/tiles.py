@@ -346,9 +346,9 @@ class Layout:
             out[f'target_{k}'] = (t, t), 'uint8' if s.kind == 'mask' else 'float32', ('y', 'x'), 255 if s.kind == 'mask' else 'NaN'
         return out
 
-    def files(self, root, chunk): # the same as `TileFiles`
+    def files(self, root, chunk, most=512): # the same as `TileFiles`, about `most` of them open
         arrays = self.arrays()
-        return {k: TileFiles(Path(root)/k, s, d, chunk, f, max(8, 512//len(arrays))) for k, (s, d, _, f) in arrays.items()}
+        return {k: TileFiles(Path(root)/k, s, d, chunk, f, max(1, most//len(arrays))) for k, (s, d, _, f) in arrays.items()}
 
     def pixel_bytes(self): # per anchor pixel, all arrays
         return sum(math.prod(s)*np.dtype(d).itemsize for s, d, *_ in self.arrays().values())/self.tile**2
@@ -376,7 +376,7 @@ class Cutter:
     "Reads units and writes tiles"
     def __init__(self, scenes, layout, root, chunk, min_valid):
         self.scenes, self.layout, self.min_valid = scenes, layout, min_valid
-        self.files, self.current, self.reader = layout.files(root, chunk), None, None
+        self.files, self.current, self.reader = layout.files(root, chunk, most=1), None, None
 
     def close(self):
         if self.reader: self.reader.close()
