@@ -36,7 +36,7 @@ class DemoSettings:
     size_m: float = 256  # side of a scene
     tile: int = 32  # pixels of 0.5 m
     splits: tuple = (0.6, 0.15, 0.25)
-    epochs: int = 12
+    epochs: int = 8
     bs: int = 64
     lr: float = 1e-3
     momentum: tuple = (0.9995, 1.0)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERSION', 'CHUNK_BYTES', 'UNIT_BYTES', 'PERCENTILES', 'SPLITS', 'SPLIT_COLORS', 'tile_grid', 'Place', 'pixel_metres',
            'clusters', 'assign_splits', 'tile_boxes', 'Splits', 'Ground', 'TileFiles', 'unit_shape', 'Layout',
-           'majority', 'Unit', 'Cutter', 'Helper', 'Local', 'answer', 'Stopped', 'SceneFailed', 'cut', 'Journal',
+           'majority', 'Unit', 'Cutter', 'Worker', 'Local', 'answer', 'Stopped', 'SceneFailed', 'cut', 'Journal',
            'BandCount', 'BandMoments', 'band_counter', 'statistics', 'physical_stats', 'Plan', 'make_plan',
            'make_units', 'build_store', 'make_report', 'report_text', 'TileStore']
 
@@ -428,7 +428,7 @@ def put(self:Cutter, slot:int): # write the tiles that `look` kept from `slot` o
     self.unit = self.kept = None
 
 # %% ../../nbs/11_data.tiles.ipynb #0000003e
-class Helper:
+class Worker:
     "An object living in another Python process: `ask` calls a method of it"
     def __init__(self):
         env = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p)}
@@ -464,7 +464,7 @@ class Local:
     def close(self): return self.obj and self.obj.close()
 
 def answer():
-    "What a `Helper`'s process does until its pipe is closed"
+    "What a `Worker`'s process does until its pipe is closed"
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), 'wb')
     os.dup2(2, 1)                                                   # whatever prints, prints to stderr
     signal.signal(signal.SIGINT, signal.SIG_IGN)                    # Ctrl-C is for the parent
@@ -488,12 +488,12 @@ class SceneFailed(Exception):
 
 # %% ../../nbs/11_data.tiles.ipynb #00000042
 def cut(units:list, # of `Unit`
-        helpers:list, # `Helper`s, or one `Local`, around a `Cutter`
+        crew:list, # `Worker`s, or one `Local`, around a `Cutter`
         slot:int=0 # place of the first tile
        ): # yields (unit, kept tiles) in order; the first failing unit raises, those before it are complete
     "Look at units in parallel, write what is kept in order"
     state, cond, free = dict(next=0, slot=slot, stop=False), threading.Condition(), queue.SimpleQueue()
-    for h in helpers: free.put(h)
+    for h in crew: free.put(h)
 
     def turn(k, n): # wait for the units before this one, then take n places
         with cond:
@@ -522,9 +522,9 @@ def cut(units:list, # of `Unit`
         except BaseException: fail(k); raise
         finally: free.put(h)
 
-    if len(helpers) == 1: yield from map(one, range(len(units)))
+    if len(crew) == 1: yield from map(one, range(len(units)))
     else:
-        with ThreadPoolExecutor(len(helpers)) as pool:
+        with ThreadPoolExecutor(len(crew)) as pool:
             try: yield from pool.map(one, range(len(units)))
             finally: fail(-1)
 
@@ -634,7 +634,7 @@ def count(self:Cutter, name, ids, full, thin, step): # the bands of some tiles o
 
 # %% ../../nbs/11_data.tiles.ipynb #0000004f
 def statistics(layout:Layout, # of the store
-               helpers:list, # of `Cutter`
+               crew:list, # of `Cutter`
                ids:np.ndarray, # tiles to look at
                full:dict, # modality -> (len(ids),) bool: every pixel is valid
                most:float=3e7 # count about this many pixels of each band at most, evenly spread
@@ -648,14 +648,14 @@ def statistics(layout:Layout, # of the store
         step = max(1, len(ids)*row*row//(1 << 20))
         while step > 1 and math.gcd(step, row) > 1: step += 1           # not always the same columns
         parts, free = [slice(k, k + 256) for k in range(0, len(ids), 256)], queue.SimpleQueue()
-        for h in helpers: free.put(h)
+        for h in crew: free.put(h)
         def one(part):
             h = free.get()
             try: return h.ask('count', name, ids[part], full[name][part], thin, step)
             finally: free.put(h)
         total, lo, hi = [band_counter(layout.dtypes[name], step) for _ in m.bands], [], []
-        with ThreadPoolExecutor(len(helpers)) as pool:
-            for bands, a, b in pool.map(one, parts) if len(helpers) > 1 else map(one, parts):
+        with ThreadPoolExecutor(len(crew)) as pool:
+            for bands, a, b in pool.map(one, parts) if len(crew) > 1 else map(one, parts):
                 for t, part in zip(total, bands): t.merge(part)
                 lo += a; hi += b
         ends = (np.min(lo, 0), np.max(hi, 0)) if lo else ([0]*m.n_bands,)*2
@@ -778,7 +778,7 @@ def build_store(scenes, # `Scenes`, or path of their YAML file
         if json.loads((out/'store.json').read_text()).get('asked') == asked: return TileStore(out)
         raise DataError('this folder holds a finished store with other settings or inputs', out, fix='Delete it, or build into another folder.')
     out.mkdir(parents=True, exist_ok=True)
-    journal, helpers = Journal(out/'journal.jsonl', asked), [Helper() for _ in range(workers)] if workers > 1 else [Local()]
+    journal, crew = Journal(out/'journal.jsonl', asked), [Worker() for _ in range(workers)] if workers > 1 else [Local()]
     try:
         plan = make_plan(scenes, int(tile), stride, progress)
         for i, why in plan.failed.items():
@@ -787,12 +787,12 @@ def build_store(scenes, # `Scenes`, or path of their YAML file
         ground = Ground([plan.places[i] for i in plan.grids], list(plan.grids.values()), int(tile), block, buffer)
         chunk = int(np.clip(CHUNK_BYTES//max(f.nbytes for f in plan.layout.files(out, 1).values()), 1, len(ground.scene)))
         for k in plan.layout.arrays(): (out/k).mkdir(exist_ok=True)
-        for h in helpers: h.start(Cutter, scenes, plan.layout, out, chunk, min_valid)
-        dealt = _cut_all(plan, ground, asked, journal, helpers, progress)
+        for h in crew: h.start(Cutter, scenes, plan.layout, out, chunk, min_valid)
+        dealt = _cut_all(plan, ground, asked, journal, crew, progress)
         if not journal.kept(): _nothing(out, plan, journal)
-        _finish(out, plan, ground, dealt, journal, chunk, helpers, asked)
+        _finish(out, plan, ground, dealt, journal, chunk, crew, asked)
     finally:
-        for h in helpers: h.close()
+        for h in crew: h.close()
         journal.close()
     os.remove(journal.path)
     return TileStore(out)
@@ -806,21 +806,21 @@ def _asked(scenes, tile, stride, min_valid, splits, block, buffer, seed): # all 
     return json.loads(json.dumps(d))
 
 # %% ../../nbs/11_data.tiles.ipynb #0000005e
-def _cut_all(plan, ground, asked, journal, helpers, progress):
+def _cut_all(plan, ground, asked, journal, crew, progress):
     "Deal and cut; a second time, by what was found, where a split came out empty for nodata"
     deal = lambda: ground.deal(asked['splits'], asked['seed'], journal.weights)
     dealt = deal()
-    _cut_once(plan, dealt, asked['stride'], journal, helpers, progress)
+    _cut_once(plan, dealt, asked['stride'], journal, crew, progress)
     if journal.weights is None and _lopsided(dealt, journal.kept(), asked['splits']):
         weights = np.zeros(len(ground.scene), int)
         weights[[k[0] for k in journal.kept()]] = 1
         journal.add(weights=weights.tolist())
         dealt = deal()
-        _cut_once(plan, dealt, asked['stride'], journal, helpers, progress)
+        _cut_once(plan, dealt, asked['stride'], journal, crew, progress)
     return dealt
 
 # %% ../../nbs/11_data.tiles.ipynb #0000005f
-def _cut_once(plan, dealt, stride, journal, helpers, progress):
+def _cut_once(plan, dealt, stride, journal, crew, progress):
     "Cut what the journal lacks; a failing scene is struck out and the rest goes on"
     units = make_units(plan, stride, dealt.split >= 0)
     with tqdm(total=int((dealt.split >= 0).sum()), desc='cutting tiles', unit=' tiles', disable=not progress) as bar:
@@ -830,7 +830,7 @@ def _cut_once(plan, dealt, stride, journal, helpers, progress):
             bar.refresh()
             todo = [u for u in units if u.number not in done and u.scene not in journal.failed]
             try:
-                for u, kept in cut(todo, helpers, len(journal.kept())):
+                for u, kept in cut(todo, crew, len(journal.kept())):
                     journal.add(unit=u.number, scene=u.scene, kept=kept)
                     bar.update(len(u.tiles))
                 return
@@ -927,14 +927,14 @@ def _metadata(root, layout, index, per):
     _write(root/'zarr.json', json.dumps(dict(zarr_format=3, node_type='group', attributes=about, consolidated_metadata=meta)))
 
 # %% ../../nbs/11_data.tiles.ipynb #00000067
-def _finish(out, plan, ground, dealt, journal, chunk, helpers, asked):
+def _finish(out, plan, ground, dealt, journal, chunk, crew, asked):
     "From the journal to a store"
     L, (index, outlines) = plan.layout, _index(plan, ground, dealt, journal)
     full = {k: index[f'full_{k}'].to_numpy() for k in L.modalities}
     per, there = _close_files(L, out, len(index), chunk, full)
     train = np.flatnonzero(index.split == 'train') if asked['splits'][0] > 0 else np.arange(len(index))
-    for h in helpers: h.ask('resize', per)
-    stats = statistics(L, helpers, train, {k: v[train] for k, v in full.items()})
+    for h in crew: h.ask('resize', per)
+    stats = statistics(L, crew, train, {k: v[train] for k, v in full.items()})
     _write(out/'stats.json', json.dumps(stats, indent=1))
     _write(out/'index.csv', index.to_csv(index=False, lineterminator='\n'))
     _geojson(out/'index.geojson', index, outlines)
