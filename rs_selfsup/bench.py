@@ -85,7 +85,7 @@ def _scenes(folder: Path, side: int) -> Path:
                                         scenes=[dict(name="one", rasters=dict(rgbn=dict(path="rgbn.tif", bands=[1, 2, 3, 4])))])))
     return file
 
-
+# %% ../nbs/96_bench.ipynb #000000bb
 def bench_build(side: int = 4096, tile: int = 224, repeats: int = 3) -> list[Row]:
     "Building a store against reading the same windows, and two processes against one."
     import rasterio
@@ -114,7 +114,7 @@ def bench_build(side: int = 4096, tile: int = 224, repeats: int = 3) -> list[Row
                 Row("build: two processes against one", b, 1.7)]
         return rows + _reads(store, Path(d), tile, repeats)
 
-
+# %% ../nbs/96_bench.ipynb #000000cb
 def _reads(store, folder, tile, repeats, n=512) -> list[Row]:
     import rasterio
     from rasterio.windows import Window
@@ -166,7 +166,7 @@ def bench_masks(n: int = 256, side: int = 224, repeats: int = 5) -> list[Row]:
     ratio, s, _ = paired(fast, lambda: [information_score_loop(image, 16) for image in few], repeats)
     return [Row(f"adaptive mask against a per-patch loop, {n} images of {side} px", ratio * n / len(few), 100, note=f"{1e3 * s:.0f} ms a batch")]
 
-
+# %% ../nbs/96_bench.ipynb #000000b0
 def tiny_learner(folder: Path, bs: int = 64, seed: int = 0):
     "A Learner on embedded scenes: the demo's on the CPU, a ViT-S on a GPU."
     from rs_selfsup.demo import DemoSettings, make_learner, make_store
@@ -175,7 +175,7 @@ def tiny_learner(folder: Path, bs: int = 64, seed: int = 0):
     s = DemoSettings(n_scenes=8, bs=bs, splits=(1, 0, 0), encoder={} if gpu else DemoSettings().encoder)
     return make_learner(make_store(folder, s, progress=False), s, seed)
 
-
+# %% ../nbs/96_bench.ipynb #000000c0
 def bench_step(repeats: int = 5, steps: int = 20) -> list[Row]:
     "The Learner against a bare loop, masks and waiting as shares of a step."
     from rs_selfsup.callbacks import read_log
@@ -202,7 +202,7 @@ def bench_step(repeats: int = 5, steps: int = 20) -> list[Row]:
         return [Row("Learner.fit_pretrain against a bare PyTorch loop, images/s", ratio, 0.95),
                 Row("waiting for data, share of the step", float(np.median(wait)), 0.05, "max", ""), _mask_share(learn, repeats)]
 
-
+# %% ../nbs/96_bench.ipynb #000000d0
 def _mask_share(learn, repeats) -> Row:
     m, batch = learn.method, learn.dls.train.one_batch()[0]
 

@@ -70,13 +70,13 @@ class Counter(Callback):
             with self.shared.get_lock():
                 self.shared.value += 1
 
-
+# %% ../nbs/94_demo.ipynb #000000ba
 def make_learner(store, s: DemoSettings, seed: int) -> MSSDFLearner:
     "The demo's Learner."
     dls = dataloaders(store, bs=s.bs, workers=0, seed=seed)
     return MSSDFLearner(dls, "vit_tiny_patch16_224", s.patch_size, seed, **s.encoder, **s.method)
 
-
+# %% ../nbs/94_demo.ipynb #000000ca
 def run_seed(
     store_path: Path,
     out: Path,  # folder of this seed
@@ -99,8 +99,8 @@ def run_seed(
     start = time.perf_counter()
     with learn.no_bar(), learn.no_logging():
         cbs = [Counter(shared)] if shared is not None else []
-        keys_ = dict(checkpoint_dir=out / "run", resume="auto", knn=False, cbs=cbs)
-        learn.fit_pretrain(s.epochs, lr=s.lr, momentum=s.momentum, **keys_)
+        files = dict(checkpoint_dir=out / "run", resume="auto", knn=False, cbs=cbs)
+        learn.fit_pretrain(s.epochs, lr=s.lr, momentum=s.momentum, **files)
     seconds = time.perf_counter() - start
     features["MSSDF"] = read()
     fit = dict(draws=0, Cs=(1e-3, 1e-2, 1e-1, 1.0, 10.0), max_iter=100)
@@ -111,7 +111,7 @@ def run_seed(
     rows.to_csv(out / "rows.csv", index=False)
     return rows
 
-
+# %% ../nbs/94_demo.ipynb #000000da
 def _pictures(learn, out):
     import matplotlib
 

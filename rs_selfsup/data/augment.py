@@ -58,6 +58,7 @@ def to_float(x:Tensor # stored values of any dtype
 # %% ../../nbs/13_data.augment.ipynb #0000000e
 GAIN_UNITS = 'DN8', 'DN', 'reflectance', 'reflectance_1e4', 'radiance'      # zero is no light, so a factor makes sense
 
+# %% ../../nbs/13_data.augment.ipynb #000000be
 def above_datum(m # a `Modality`
                ) -> bool:
     "A surface model: heights whose zero is far below, not the ground (the presets `ndsm` and `chm` have a valid range, `dsm` has none)"
@@ -70,6 +71,7 @@ def valid_mean(x:Tensor, # (B, C, H, W)
     if valid is None: return x.mean((2, 3), keepdim=True)
     return x.masked_fill(~valid, 0).sum((2, 3), keepdim=True)/valid.sum((2, 3), keepdim=True).clamp(min=1)
 
+# %% ../../nbs/13_data.augment.ipynb #000000ce
 class Normalize(nn.Module):
     "Stored values -> z-scores, and back"
     def __init__(self,
