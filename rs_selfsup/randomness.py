@@ -49,7 +49,8 @@ def _mix_int(x:int)->int:
 
 # %% ../nbs/01_randomness.ipynb #00000014
 STREAMS = dict(crop=100, flip=200, rot90=300, scale=400, photometric=500, noise=600, mask=1000, mask2=1100,
-               crossmodal=1200, crossmodal2=1300, shuffle=1400, drop=1500, probe=1600)
+               crossmodal=1200, crossmodal2=1300, shuffle=1400, drop=1500, probe=1600,
+               view=1700, light=1800, blur=1900, band=2000, local=2100)
 
 # %% ../nbs/01_randomness.ipynb #00000015
 def uniform(

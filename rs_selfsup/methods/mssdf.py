@@ -6,7 +6,7 @@
 __all__ = ['WEIGHTS', 'CHOICES', 'visible_tokens', 'area_pool', 'together', 'Blocks', 'modality_loss', 'MSSDF', 'pca_rgb']
 
 # %% ../../nbs/50_methods.mssdf.ipynb #00000003
-import copy, functools, itertools, math
+import functools, itertools, math
 import torch
 from fastcore.basics import patch
 from timm.models.vision_transformer import Block
@@ -20,6 +20,7 @@ from ..losses.reconstruction import masked_mse, normalize_targets, standardize_t
 from ..losses.redundancy import linear_hsic
 from ..masking.adaptive import information_score, make_mask, token_validity
 from ..masking.crossmodal import crossmodal_mask, crossmodal_mask_literal, crossmodal_probability
+from .core import Method
 from ..modalities import DataError
 from ..randomness import STREAMS, uniform
 
@@ -115,8 +116,9 @@ def _check(names, weights, ratio, **choices):
         raise DataError(f'MSSDF compares modalities and got only {names}', fix='Add one, or set the weights of align, hsic and cls to 0.')
 
 # %% ../../nbs/50_methods.mssdf.ipynb #00000018
-class MSSDF(nn.Module):
+class MSSDF(Method):
     "Masked latent prediction across modalities: `forward(batch)` returns named losses."
+    teachers = dict(teacher='encoder')
     def __init__(self,
         encoder:MultiModalViT,         # the student; the teacher starts as its copy
         normalize,                     # `Normalize`: stored values -> z-scores, z-scores -> 0..255
@@ -139,17 +141,17 @@ class MSSDF(nn.Module):
         min_valid:float=.5,            # a token counts when this share of its pixels is valid
         gather:bool=True,              # compare with the batches of all processes
     ):
-        super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ('self', 'encoder', 'normalize', '__class__')}
-        for k, v in self.config.items(): setattr(self, k, v)
-        self.weights, self.crossmodal_p = {**WEIGHTS, **(weights or {})}, crossmodal_p or {}
+        config = {k: v for k, v in locals().items() if k not in ('self', 'encoder', 'normalize', '__class__')}
+        super().__init__(encoder, normalize, {**WEIGHTS, **(weights or {})})
+        self.config = config
+        for k, v in config.items():
+            if k != 'weights': setattr(self, k, v)
+        self.crossmodal_p = crossmodal_p or {}
         self.names = [encoder.anchor] + [m for m in encoder.modalities if m != encoder.anchor]
         _check(self.names, self.weights, mask_ratio, mask=mask, crossmodal=crossmodal, align_on=align_on, negatives=negatives,
                hsic=hsic, target_norm=target_norm)
-        self.encoder, self.normalize = encoder, normalize
         self._build(encoder.embed_dim, encoder.num_heads)
-        self.teacher = copy.deepcopy(encoder).requires_grad_(False).eval()
-        self.set_epoch(0)
+        self.make_teachers()
 
 # %% ../../nbs/50_methods.mssdf.ipynb #0000001a
 @patch
@@ -170,21 +172,10 @@ def set_epoch(self:MSSDF, epoch:int):
     self.p = crossmodal_probability(epoch, **self.crossmodal_p)
 
 # %% ../../nbs/50_methods.mssdf.ipynb #0000001d
-@patch
-def update_teacher(self:MSSDF,
-    momentum:float,          # m: share of the old teacher that stays, e.g. .996
-):
-    "teacher <- momentum * teacher + (1 - momentum) * student; buffers are copied."
-    with torch.no_grad():
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1 - momentum)
-        for t, s in zip(self.teacher.buffers(), self.encoder.buffers()): t.copy_(s)
-
-@patch
-def train(self:MSSDF, mode:bool=True):
-    "Training mode for all but the teacher."
-    nn.Module.train(self, mode)
-    self.teacher.eval()
-    return self
+@patch(cls_method=True)
+def build_encoder(cls:MSSDF, name, modalities:dict, anchor:str, patch_size=None, **kw):
+    "Tokens are left out, so only a vision transformer will do."
+    return MultiModalViT(name, modalities, anchor, patch_size=patch_size, **kw)
 
 # %% ../../nbs/50_methods.mssdf.ipynb #00000020
 @patch
