@@ -15,7 +15,7 @@ from rs_selfsup.data.augment import Normalize
 from rs_selfsup.data.loading import Batch
 from rs_selfsup.encoders import MultiModalViT
 from rs_selfsup.losses.alignment import dense_infonce
-from rs_selfsup.methods.mssdf import MSSDF, area_pool, pca_rgb, visible_tokens
+from rs_selfsup.methods.mssdf import MSSDF, area_pool, pca_rgb, spread_tokens, visible_tokens
 from rs_selfsup.modalities import DataError, preset
 from rs_selfsup.randomness import keys
 
@@ -186,7 +186,7 @@ def test_alignment_is_not_solved_by_position():
     "After a short training the loss against another image's tokens is far worse; with the published negatives it is not."
     found = {}
     for negatives in ("batch@position", "position@image"):
-        method = train(make(negatives=negatives), 60).eval()
+        method = train(make(negatives=negatives, align_on="all"), 60).eval()
         with torch.no_grad():
             p = method.predict(fields(32, 16, seed=10**6))["pred"]
         loss = functools.partial(dense_infonce, negatives=negatives)
@@ -195,6 +195,32 @@ def test_alignment_is_not_solved_by_position():
     assert other > right + 2
     right, other = found["position@image"]
     assert other < right + 0.5
+
+
+def test_alignment_compares_sensors_and_not_the_fusion_with_itself():
+    "With the height model of another image the default suffers; the decoder's tokens, which share the fusion, do not notice."
+    gap = {}
+    for align_on in ("visible", "tile", "all"):
+        method = train(make(align_on=align_on), 60).eval()
+        batch, swapped = fields(32, 16, seed=10**6), fields(32, 16, seed=10**6)
+        swapped.images["dsm"] = swapped.images["dsm"].roll(1, 0)
+        with torch.no_grad():
+            gap[align_on] = (method(swapped)["align"] - method(batch)["align"]).item()
+    assert gap["visible"] > 1 and gap["tile"] > 1 and gap["all"] < 0.5
+
+
+def test_visible_tokens_meet_on_the_coarser_grid():
+    method = make()
+    g, to = torch.Generator().manual_seed(0), (2, 2)
+    tokens, index = torch.randn(3, 5, 4, generator=g), torch.stack([torch.randperm(16, generator=g)[:5] for _ in range(3)])
+    full, there = spread_tokens(tokens, index, None, (4, 4), to)
+    for b in range(3):
+        for cell in range(4):
+            mine = [k for k in range(5) if (index[b, k] // 8) * 2 + index[b, k] % 4 // 2 == cell]
+            assert there[b, cell] == bool(mine)
+            if mine:
+                torch.testing.assert_close(full[b, cell], tokens[b, mine].mean(0))
+    assert method.align_on == "visible"
 
 
 def test_published_variant_has_its_names():
