@@ -215,11 +215,12 @@ def bench_masks(n: int = 256, side: int = 224, repeats: int = 5) -> list[Row]:
 # %% ../nbs/96_bench.ipynb #000000b0
 def tiny_learner(folder: Path, bs: int = 64, seed: int = 0):
     "A Learner on embedded scenes: the demo's on the CPU, a ViT-S on a GPU."
-    from rs_selfsup.demo import DemoSettings, make_learner, make_store
+    from rs_selfsup.compare import make_learner
+    from rs_selfsup.demo import DemoSettings, make_store
 
     gpu = torch.cuda.is_available()
     s = DemoSettings(n_scenes=8, bs=bs, splits=(1, 0, 0), encoder={} if gpu else DemoSettings().encoder)
-    return make_learner(make_store(folder, s, progress=False), s, seed)
+    return make_learner(make_store(folder, s, progress=False), s.trial(seed))
 
 # %% ../nbs/96_bench.ipynb #000000c0
 def bench_step(repeats: int = 5, steps: int = 20) -> list[Row]:
@@ -315,7 +316,8 @@ def bench_parts(repeats: int = 5, inner: int = 5) -> list[Row]:
 # %% ../nbs/96_bench.ipynb #000000f5
 def bench_demo() -> list[Row]:
     "The demo, as `make demo` runs it: minutes, and the linear probe beside both baselines."
-    from rs_selfsup.demo import margins, run_demo
+    from rs_selfsup.compare import margins
+    from rs_selfsup.demo import run_demo
 
     with tempfile.TemporaryDirectory() as d:
         start = time.perf_counter()
