@@ -275,7 +275,7 @@ def sunlit(surface, azimuth:float, elevation:float, tallest:float=25.) -> np.nda
     "Cast shadows on a surface in m; the sun stands at `azimuth` rad clockwise from north"
     n, line = surface.shape[0], surface.copy()
     dc, dr, tan = np.sin(azimuth), -np.cos(azimuth), np.tan(elevation)
-    for k in range(1, int(min(tallest/tan, 45)/PX)):
+    for k in range(1, min(int(min(tallest/tan, 45)/PX), n)):
         c, r = round(k*dc), round(k*dr)
         to = slice(max(-r, 0), n - max(r, 0)), slice(max(-c, 0), n - max(c, 0))
         at = slice(max(r, 0), n - max(-r, 0)), slice(max(c, 0), n - max(-c, 0))
