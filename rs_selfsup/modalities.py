@@ -10,6 +10,7 @@ __all__ = ['UNITS', 'KINDS', 'PRESETS', 'DataError', 'pick', 'Unit', 'unit', 'Ba
 import dataclasses, difflib
 from dataclasses import dataclass
 import numpy as np
+from fastcore.basics import patch
 
 # %% ../nbs/00_modalities.ipynb #00000006
 class DataError(ValueError):
@@ -48,24 +49,21 @@ class Unit:
     slack:float=0. # share of values that may lie outside the limits
     least:float|None=None # fractions all below this belong to another unit; None: not checked
 
-UNITS = {
-    u.name: u
-    for u in (
-        Unit("DN8", 0, 255, "8-bit image values, as displayed", least=1),
-        Unit("DN", 0, 65535, "digital numbers of a sensor, uncalibrated", least=1),
-        Unit("reflectance", -0.2, 1.6, "surface or top-of-atmosphere reflectance; slightly negative after correction",
-             slack=0.2),
-        Unit("reflectance_1e4", -2000, 16000, "reflectance times 10000 (Sentinel-2 products)", slack=0.2, least=2),
-        Unit("radiance", -50, 2000, "W/(m2 sr um)", slack=0.2),
-        Unit("dB", -90, 50, "radar backscatter, 10 log10 of power", slack=0.01),
-        Unit("power", 0, 1000, "radar backscatter, linear"),
-        Unit("metre", -500, 9000, "height or depth"),
-        Unit("kelvin", 150, 400, "brightness temperature"),
-        Unit("degree", -360, 360, "slope, aspect, incidence angle"),
-        Unit("index", -1, 1, "normalised difference, coherence"),
-    )
-}
+# %% ../nbs/00_modalities.ipynb #36d9b9d6
+UNITS = {u.name: u for u in (
+    Unit("DN8", 0, 255, "8-bit image values, as displayed", least=1),
+    Unit("DN", 0, 65535, "digital numbers of a sensor, uncalibrated", least=1),
+    Unit("reflectance", -0.2, 1.6, "surface or top-of-atmosphere reflectance; slightly negative after correction", slack=0.2),
+    Unit("reflectance_1e4", -2000, 16000, "reflectance times 10000 (Sentinel-2 products)", slack=0.2, least=2),
+    Unit("radiance", -50, 2000, "W/(m2 sr um)", slack=0.2),
+    Unit("dB", -90, 50, "radar backscatter, 10 log10 of power", slack=0.01),
+    Unit("power", 0, 1000, "radar backscatter, linear"),
+    Unit("metre", -500, 9000, "height or depth"),
+    Unit("kelvin", 150, 400, "brightness temperature"),
+    Unit("degree", -360, 360, "slope, aspect, incidence angle"),
+    Unit("index", -1, 1, "normalised difference, coherence"))}
 
+# %% ../nbs/00_modalities.ipynb #32465980
 def unit(name:str # a key of `UNITS`
         ) -> Unit:
     "Look up a unit; an unknown one is an error that suggests the nearest"
@@ -107,12 +105,7 @@ class Modality:
     def __post_init__(self):
         object.__setattr__(self, 'bands', tuple(b if isinstance(b, Band) else band_from(b) for b in self.bands))
         object.__setattr__(self, 'gsd', float(self.gsd))
-        pick(self.kind, KINDS, 'kind of modality')
-        if not self.bands: raise DataError(f"modality '{self.name}' has no band")
-        if not self.gsd > 0:
-            raise DataError(f"modality '{self.name}': a GSD of {self.gsd} m is not a size", fix="Give gsd in metres.")
-        twice = {n for n in self.band_names if self.band_names.count(n) > 1}
-        if twice: raise DataError(f"modality '{self.name}' names a band twice: {', '.join(sorted(twice))}")
+        self._check()
 
     n_bands = property(lambda self: len(self.bands), doc='Number of channels')
     band_names = property(lambda self: [b.name for b in self.bands])
@@ -121,23 +114,36 @@ class Modality:
     offsets = property(lambda self: [b.offset for b in self.bands])
     rgb = property(lambda self: rgb_bands(self), doc='Three band indices to show, or None')
 
-    def replace(self, **kw): # a copy with other fields
-        return dataclasses.replace(self, **kw)
-
-    def select(self, names): # the same modality with some of its bands, in the order of `names`
-        by = {b.name: b for b in self.bands}
-        return self.replace(bands=tuple(by[pick(n, by, 'band')] for n in names))
-
-    def to_dict(self) -> dict: # plain types, for YAML, JSON and file headers
-        bands = [
-            {k: (list(v) if isinstance(v, tuple) else v) for k, v in dataclasses.asdict(b).items()} for b in self.bands
-        ]
-        return dict(name=self.name, bands=bands, gsd=self.gsd, kind=self.kind)
-
     @classmethod
     def from_dict(cls, d): # the way back from `to_dict`
         check_keys(d, [f.name for f in dataclasses.fields(cls)], 'modality')
         return cls(**d)
+
+# %% ../nbs/00_modalities.ipynb #bbd14bb9
+@patch
+def _check(self:Modality): # on construction, so that there is no invalid modality
+    pick(self.kind, KINDS, 'kind of modality')
+    if not self.bands: raise DataError(f"modality '{self.name}' has no band")
+    if not self.gsd > 0:
+        raise DataError(f"modality '{self.name}': a GSD of {self.gsd} m is not a size", fix="Give gsd in metres.")
+    twice = {n for n in self.band_names if self.band_names.count(n) > 1}
+    if twice: raise DataError(f"modality '{self.name}' names a band twice: {', '.join(sorted(twice))}")
+
+# %% ../nbs/00_modalities.ipynb #fc90f10f
+@patch
+def replace(self:Modality, **kw): # a copy with other fields
+    return dataclasses.replace(self, **kw)
+
+@patch
+def select(self:Modality, names): # the same modality with some of its bands, in the order of `names`
+    by = {b.name: b for b in self.bands}
+    return self.replace(bands=tuple(by[pick(n, by, 'band')] for n in names))
+
+# %% ../nbs/00_modalities.ipynb #fa999cdd
+@patch
+def to_dict(self:Modality) -> dict: # plain types, for YAML, JSON and file headers
+    def plain(b): return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(b).items()}
+    return dict(name=self.name, bands=[plain(b) for b in self.bands], gsd=self.gsd, kind=self.kind)
 
 # %% ../nbs/00_modalities.ipynb #00000015
 def check_keys(d:dict, # what was read
@@ -148,6 +154,7 @@ def check_keys(d:dict, # what was read
     "Every key of `d` must be known; the message suggests the nearest"
     for k in d: pick(k, known, f'key in {what}', file)
 
+# %% ../nbs/00_modalities.ipynb #fe71ca11
 def band_from(d) -> Band: # a dict as in a YAML file
     "A `Band` from its dict"
     if not isinstance(d, dict): raise DataError(f'a band must be written as {{name: ..., unit: ...}}, not {d!r}')
@@ -181,6 +188,7 @@ _AIR = dict(red=650, green=560, blue=480, nir=840)
 def _s2(names): return tuple(Band(n, 'reflectance_1e4', _S2[n], nodata=0) for n in names.split())
 def _air(*names): return tuple(Band(n, 'DN8', _AIR[n]) for n in names)
 
+# %% ../nbs/00_modalities.ipynb #17855568
 PRESETS = {
     'rgb': (_air('red', 'green', 'blue'), None, 'optical'),
     'nir': (_air('nir'), None, 'optical'),
@@ -196,6 +204,7 @@ PRESETS = {
     'ndsm': ((Band('height', 'metre', valid_range=(-50, 900)),), None, 'height'),
     'chm': ((Band('height', 'metre', valid_range=(-5, 150)),), None, 'height')}
 
+# %% ../nbs/00_modalities.ipynb #2e406efa
 def preset(name:str, # a key of `PRESETS`
            gsd:float|None=None # ground size of a pixel in metres; None: the sensor's own, or 1 m where it has none
           ) -> Modality:
@@ -216,35 +225,42 @@ def check_values(values, # array of physical values, any shape
     v = v[::step]
     if valid is not None: v = v[np.broadcast_to(valid, np.shape(values)).reshape(-1)[::step]]
     if v.size == 0: return
-    lo, hi = float(v.min()), float(v.max())
-    def fail(problem, fix): raise DataError(problem, file=file or None, band=band.name, fix=fix)
-    if not np.isfinite(lo + hi):
-        n = int((~np.isfinite(v)).sum())
-        fail(f'{n} of {v.size} values are NaN or infinite', 'Declare nodata, or mend the file.')
-    a, b = band.limits
-    span, out = b - a, np.count_nonzero((v < a) | (v > b))/v.size
-    eps = 1e-5*span
-    if lo < a - eps or hi > b + eps:
-        if out > u.slack or lo < a - span or hi > b + span:
-            fail(f'values {lo:.6g} .. {hi:.6g} are absurd for {u.name} ({a:g} .. {b:g}; {out:.1%} outside)',
-                 f'{_hint(lo, hi, a, b)}Correct unit, scale, offset or nodata.')
-    if (
-        u.least
-        and v.size > 16
-        and v.dtype.kind == "f"
-        and 0 < hi <= u.least
-        and band.scale == 1
-        and np.any(v != np.round(v))
-    ):
-        fail(f"fractions of at most {hi:.4g} are absurd for {u.name} ({u.about})",
-             "Write unit: reflectance, or give a scale.")
-    if u.name == 'dB' and v.size > 16 and lo >= 0 and hi > lo:
-        fail(f"values {lo:.4g} .. {hi:.4g}, none negative, are no backscatter in dB",
-             "Write unit: power, or convert: 10*log10(power).")
+    for look in (_not_finite, _absurd, _fractions, _no_decibels):
+        if wrong := look(v, float(v.min()), float(v.max()), u, band):
+            raise DataError(wrong[0], file=file or None, band=band.name, fix=wrong[1])
 
+# %% ../nbs/00_modalities.ipynb #6d4e43e9
+def _not_finite(v, lo, hi, u, band): # each look: None, or (what is wrong, what to do)
+    if np.isfinite(lo + hi): return
+    return f'{int((~np.isfinite(v)).sum())} of {v.size} values are NaN or infinite', 'Declare nodata, or mend the file.'
+
+# %% ../nbs/00_modalities.ipynb #c03f6624
+def _absurd(v, lo, hi, u, band): # outside the limits, by too many or by too much
+    a, b = band.limits
+    span, eps = b - a, 1e-5*(b - a)
+    if lo >= a - eps and hi <= b + eps: return
+    out = np.count_nonzero((v < a) | (v > b))/v.size
+    if out > u.slack or lo < a - span or hi > b + span:
+        return (f'values {lo:.6g} .. {hi:.6g} are absurd for {u.name} ({a:g} .. {b:g}; {out:.1%} outside)',
+                f'{_hint(lo, hi, a, b)}Correct unit, scale, offset or nodata.')
+
+# %% ../nbs/00_modalities.ipynb #27a6c285
 def _hint(lo, hi, a, b):
     "A guess at what happened, for the message only"
     for v in (lo, hi):
         if (v < a or v > b) and (abs(v) > 1e30 or v in (-9999, -99999, -32768, -32767, 9999, 99999, 65535, 32767)):
             return f'{v:.6g} looks like undeclared nodata: write nodata: {v:.8g}. '
     return ''
+
+# %% ../nbs/00_modalities.ipynb #1a85da6e
+def _fractions(v, lo, hi, u, band): # 0..1 where larger numbers were declared
+    if not (u.least and v.size > 16 and v.dtype.kind == "f" and 0 < hi <= u.least): return
+    if band.scale == 1 and np.any(v != np.round(v)):
+        return (f"fractions of at most {hi:.4g} are absurd for {u.name} ({u.about})",
+                "Write unit: reflectance, or give a scale.")
+
+# %% ../nbs/00_modalities.ipynb #a586f8e6
+def _no_decibels(v, lo, hi, u, band): # power declared as dB: never negative
+    if u.name == 'dB' and v.size > 16 and lo >= 0 and hi > lo:
+        return (f"values {lo:.4g} .. {hi:.4g}, none negative, are no backscatter in dB",
+                "Write unit: power, or convert: 10*log10(power).")

@@ -21,7 +21,8 @@ def stretch(x:np.ndarray, # (C, H, W) or (H, W), physical values
         v = x[..., valid] if valid is not None else x
         v = v[np.isfinite(v)]
         limits = np.percentile(v, (2, 98)) if v.size else (0, 1)
-    lo, hi = (np.asarray(o, np.float32).reshape(-1, *[1]*(x.ndim - 1)) if np.ndim(o) else np.float32(o) for o in limits)
+    per_band = lambda o: np.asarray(o, np.float32).reshape(-1, *[1]*(x.ndim - 1)) if np.ndim(o) else np.float32(o)
+    lo, hi = map(per_band, limits)
     return np.clip(np.nan_to_num((x - lo)/np.maximum(hi - lo, least)), 0, 1)
 
 # %% ../nbs/02_show.ipynb #00000009
@@ -74,24 +75,26 @@ def to_rgb(image:np.ndarray, # (C, H, W) physical values
     rgb = _RENDER[modality.kind](image.astype(np.float32), modality, ok, limits)
     return hatch(rgb, ok).astype(np.float32)
 
+# %% ../nbs/02_show.ipynb #c2446b04
 def _optical(x, m, ok, limits):
     x = x[list(m.rgb)] if m.rgb else x[:1]
     if limits is None and set(m.units) == {'DN8'}: limits = (0, 255)
-    if (
-        limits is None and m.rgb and any((m.bands[i].wavelength or 0) > 720 for i in m.rgb)
-    ):  # false colour: each band for itself
-        limits = np.percentile(x[:, ok], (2, 98), axis=1) if ok.any() else None
+    false = m.rgb and any((m.bands[i].wavelength or 0) > 720 for i in m.rgb)
+    if limits is None and false and ok.any(): limits = np.percentile(x[:, ok], (2, 98), axis=1)     # each band for itself
     return np.broadcast_to(np.moveaxis(stretch(x, ok, limits), 0, -1), (*ok.shape, 3))
 
+# %% ../nbs/02_show.ipynb #b6cf9348
 def _height(x, m, ok, limits):
     z = np.where(ok, x[0], x[0][ok].min() if ok.any() else 0)
     return ramp_colors(stretch(z, ok, limits, least=2.))*(.55 + .6*hillshade(z, m.gsd)[..., None]).clip(0, 1.15)
 
+# %% ../nbs/02_show.ipynb #b6a85840
 def _sar(x, m, ok, limits):
     if m.n_bands < 2: return np.broadcast_to(stretch(x[0], ok, limits)[..., None], (*ok.shape, 3))
     if limits is None: limits = ((-20, -26, 3), (0, -6, 15)) if set(m.units) == {'dB'} else None
     return np.moveaxis(stretch(np.stack([x[0], x[1], x[0] - x[1]]), ok, limits), 0, -1)
 
+# %% ../nbs/02_show.ipynb #e317296a
 _RENDER = dict(optical=_optical, height=lambda *a: np.clip(_height(*a), 0, 1), sar=_sar)
 
 # %% ../nbs/02_show.ipynb #00000015

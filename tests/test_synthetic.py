@@ -167,3 +167,9 @@ def test_band_statistics_do_not_solve_the_label():
     mean, std = a.mean(0), a.std(0)
     guess = linear.LogisticRegression(C=10, max_iter=500).fit((a - mean)/std, ya).predict((b - mean)/std)
     assert .25 < balanced_accuracy_score(yb, guess) < .6
+
+
+def test_smallest_scene_under_a_low_sun():
+    "Shadows longer than the scene end with it"
+    for i in (0, 9):
+        assert make_scene((8, i), 32, ("rgb",), collars=0)["rgb"].shape == (3, 64, 64)

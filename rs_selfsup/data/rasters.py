@@ -40,6 +40,7 @@ class RasterFile:
     georef:str='file' # 'ignore': disregard the header, the file covers the same ground as the anchor
     alpha:bool|None=None # True: an alpha band is a mask; False: it is data or nothing; None: a mask unless read as data
 
+# %% ../../nbs/10_data.rasters.ipynb #dba42a2c
 @dataclass
 class TargetSpec:
     "What a target raster holds"
@@ -61,6 +62,7 @@ class Scene:
     label:str|None=None # class of the whole scene
     group:str|None=None # scenes of the same ground share it; None: the scene stands alone
 
+# %% ../../nbs/10_data.rasters.ipynb #8de51b17
 @dataclass
 class Scenes:
     "Many scenes and what they have in common"
@@ -74,14 +76,17 @@ class Scenes:
     path:str|None=None # the YAML file it came from
     def __len__(self): return len(self.scenes)
     def __iter__(self): return iter(self.scenes)
-    def __getitem__(self, i): # by position or by name
-        return (
-            self.scenes[i]
-            if not isinstance(i, str)
-            else next(s for s in self.scenes if s.name == pick(i, [s.name for s in self.scenes], "scene"))
-        )
-    def open(self, i=0, **kw): # a `SceneReader` for one of them
-        return SceneReader(self[i], self, **kw)
+
+# %% ../../nbs/10_data.rasters.ipynb #9724a6c2
+@patch
+def __getitem__(self:Scenes, i): # by position or by name
+    if not isinstance(i, str): return self.scenes[i]
+    return next(s for s in self.scenes if s.name == pick(i, [s.name for s in self.scenes], "scene"))
+
+# %% ../../nbs/10_data.rasters.ipynb #b4668c50
+@patch
+def open(self:Scenes, i=0, **kw): # a `SceneReader` for one of them
+    return SceneReader(self[i], self, **kw)
 
 # %% ../../nbs/10_data.rasters.ipynb #00000009
 _SHARED = ('unit', 'scale', 'offset', 'nodata', 'valid_range')
@@ -119,11 +124,8 @@ def parse_target(name:str, # its key in the file
     check_keys(d, ('kind', 'classes', 'colors', 'ignore', 'nodata', 'unit'), f"target '{name}'", file)
     kind = pick(d.get('kind'), ('mask', 'regression'), f"kind of target '{name}'", file)
     classes = d.get('classes') or []
-    names, values = (
-        (list(classes.values()), list(classes))
-        if isinstance(classes, dict)
-        else (list(classes), list(range(len(classes))))
-    )
+    if not isinstance(classes, dict): classes = dict(enumerate(classes))
+    names, values = list(classes.values()), list(classes)
     if kind == "mask" and not 0 < len(names) < 255:
         raise DataError(f"target '{name}' has {len(names)} classes", file, fix="Name 1 to 254 classes.")
     if kind == 'regression': pick(d.get('unit'), UNITS, f"unit of target '{name}'", file)
@@ -138,6 +140,7 @@ def _join(root, path):
     path = os.path.expanduser(str(path))
     return path if path.startswith('/') or '://' in path else str(Path(root)/path)
 
+# %% ../../nbs/10_data.rasters.ipynb #398feaf1
 def parse_raster(d, # what stands in the file
                  root, # folder that relative paths start from
                  m:Modality|None, # for band names; None: a target
@@ -153,18 +156,20 @@ def parse_raster(d, # what stands in the file
     if 'files' not in d:
         if 'path' not in d: raise DataError(f'{what} has no path', file, fix='Write path: ... or files: {band: path}.')
         return [RasterFile(_join(root, d['path']), d.get('variables') or d.get('bands'), **over)]
-    for b in d['files']: pick(b, m.band_names, f'band in {what}', file)
+    return _per_band(d['files'], root, m, over, what, file)
+
+# %% ../../nbs/10_data.rasters.ipynb #cf6d40ed
+def _per_band(files, root, m, over, what, file):
+    "One `RasterFile` for each band of the modality, in its order"
+    for b in files: pick(b, m.band_names, f'band in {what}', file)
     out = []
     for b in m.band_names:
-        if b not in d["files"]:
+        if b not in files:
             raise DataError("no file is given for this band", file, f"{what} {b}",
                             "Add it under files, or take the band out of the modality.")
-        one = d['files'][b]
-        one = {'path': one} if isinstance(one, str) else one
-        out += [
-            RasterFile(_join(root, one["path"]), one.get("bands") or one.get("variables"), [b],
-                       **{**over, **{k: v for k, v in one.items() if k in _OVERRIDES}})
-        ]
+        one = {'path': files[b]} if isinstance(files[b], str) else files[b]
+        own = {k: v for k, v in one.items() if k in _OVERRIDES}
+        out.append(RasterFile(_join(root, one['path']), one.get('bands') or one.get('variables'), [b], **{**over, **own}))
     return out
 
 # %% ../../nbs/10_data.rasters.ipynb #00000011
@@ -192,6 +197,7 @@ def find_files(root, # folder
 # %% ../../nbs/10_data.rasters.ipynb #00000014
 _DISCOVER = ('root', 'pattern', 'rasters', 'targets', 'where', 'scene', 'group', 'require', 'label')
 
+# %% ../../nbs/10_data.rasters.ipynb #c30f5a50
 def _patterns(d, modalities, anchor, file):
     "modality -> [(band or None, pattern, overrides)] from `pattern` and `rasters`"
     out, p = {}, d.get('pattern')
@@ -204,26 +210,14 @@ def _patterns(d, modalities, anchor, file):
     for name, r in specs.items():
         path = r.pop('path').replace('{modality}', name)
         check_keys(r, ('bands', 'variables', *_OVERRIDES), f"discover: '{name}'", file)
-        out[name] = [
-            (b, path.replace("{band}", b or ""), r)
-            for b in (modalities[name].band_names if "{band}" in path else [None])
-        ]
+        bands = modalities[name].band_names if '{band}' in path else [None]
+        out[name] = [(b, path.replace('{band}', b or ''), r) for b in bands]
     return out
 
 # %% ../../nbs/10_data.rasters.ipynb #00000015
-def discover(d:dict, # the `discover` part of a scene file
-             root, # folder that its own root starts from
-             modalities:dict, # name -> `Modality`
-             targets:dict, # name -> `TargetSpec`
-             anchor:str, # must be there in every scene
-             file=None # for messages
-            ) -> list: # of `Scene`, sorted by name
-    "Find scenes by a name pattern"
-    check_keys(d, _DISCOVER, 'discover', file)
-    root, where = _join(root, d.get('root') or '.'), d.get('where')
-    if not Path(root).is_dir():
-        raise DataError("this folder does not exist", root, fix="Correct root, or give another one.")
-    hits = {}                                                       # (what, band) -> [(path, words, overrides)]
+def _hits(d, root, modalities, targets, anchor, file):
+    "(modality or target, band) -> [(path, words, overrides)]"
+    where, hits = d.get('where'), {}
     for name, parts in _patterns(d, modalities, anchor, file).items():
         for band, p, over in parts:
             hits[name, band] = [(path, words, over) for path, words in find_files(root, p, where)]
@@ -234,30 +228,46 @@ def discover(d:dict, # the `discover` part of a scene file
         r = {'path': r} if isinstance(r, str) else dict(r)
         hits[pick(name, targets, "target in discover", file), 0] = [
                 (path, w, r) for path, w in find_files(root, r["path"], where)]
-    words = set.intersection(*(set(h[0][1]) for h in hits.values() if h))
-    key = d.get('scene') or ('{scene}' if 'scene' in words else '_'.join(f'{{{w}}}' for w in sorted(words)))
+    return hits
+
+# %% ../../nbs/10_data.rasters.ipynb #97cd2b77
+def _together(hits, key):
+    "scene name -> its words and its files"
     scenes = {}
     for (name, band), found in hits.items():
         for path, w, over in found:
             one = scenes.setdefault(key.format(**w), dict(words={}, files={}))
             one['words'].update(w)
             if (name, band) in one['files']:
-                raise DataError(
-                    f"two files for {name} {band or ''} of scene '{key.format(**w)}'",
-                    path,
-                    fix=f'The other is {one["files"][name, band][0]}. Write e.g. scene: "{{label}}_{{scene}}".',
-                )
+                raise DataError(f"two files for {name} {band or ''} of scene '{key.format(**w)}'", path,
+                                fix=f'The other is {one["files"][name, band][0]}. Write e.g. scene: "{{label}}_{{scene}}".')
             one['files'][name, band] = path, over
-    need = [anchor, *(d.get('require') or [])]
-    return [
-        _found(name, s, d, modalities, targets, file)
-        for name, s in sorted(scenes.items(), key=lambda o: _natural(o[0]))
-        if all(any(k[0] == m for k in s["files"]) for m in need)
-    ]
+    return scenes
+
+# %% ../../nbs/10_data.rasters.ipynb #fa767631
+def discover(d:dict, # the `discover` part of a scene file
+             root, # folder that its own root starts from
+             modalities:dict, # name -> `Modality`
+             targets:dict, # name -> `TargetSpec`
+             anchor:str, # must be there in every scene
+             file=None # for messages
+            ) -> list: # of `Scene`, sorted by name
+    "Find scenes by a name pattern"
+    check_keys(d, _DISCOVER, 'discover', file)
+    root = _join(root, d.get('root') or '.')
+    if not Path(root).is_dir():
+        raise DataError("this folder does not exist", root, fix="Correct root, or give another one.")
+    hits = _hits(d, root, modalities, targets, anchor, file)
+    words = set.intersection(*(set(h[0][1]) for h in hits.values() if h))
+    key = d.get('scene') or ('{scene}' if 'scene' in words else '_'.join(f'{{{w}}}' for w in sorted(words)))
+    need, scenes = [anchor, *(d.get('require') or [])], _together(hits, key)
+    complete = {k: s for k, s in scenes.items() if all(any(what == m for what, _ in s['files']) for m in need)}
+    return [_found(k, s, d, modalities, targets, file) for k, s in sorted(complete.items(), key=lambda o: _natural(o[0]))]
 
 # %% ../../nbs/10_data.rasters.ipynb #00000016
 def _natural(name): return [(0, int(t), '') if t.isdigit() else (1, 0, t) for t in re.split(r'(\d+)', name)]
 
+# %% ../../nbs/10_data.rasters.ipynb #e4b8183a
 def _found(name, s, d, modalities, targets, file):
     "A `Scene` from the files that were found for it"
     rasters, tgt, over_keys = {}, {}, lambda o: {k: v for k, v in o.items() if k in _OVERRIDES}
@@ -270,54 +280,66 @@ def _found(name, s, d, modalities, targets, file):
         if missing:
             raise DataError(f"scene '{name}' has no file for {', '.join(sorted(missing))}", Path(files[0].path).parent,
                             m, "Complete or remove the folder.")
-    group, label = d.get('group'), d.get('label', '{label}' if 'label' in s['words'] else None)
+    label = d.get('label', '{label}' if 'label' in s['words'] else None)
+    return Scene(name, rasters, tgt, label and label.format(**s['words']), _group(d.get('group'), name, s['words'], file))
+
+# %% ../../nbs/10_data.rasters.ipynb #e67213e8
+def _group(group, name, words, file): # an expression with (captures), or a format
     if group and '(' in group:
         hit = re.search(group, name)
         if not hit: raise DataError(f"the group expression '{group}' does not match scene '{name}'", file)
         group = '_'.join(hit.groups())
-    return Scene(
-            name, rasters, tgt, label and label.format(**s["words"]), group and group.format(**s["words"], name=name))
+    return group and group.format(**words, name=name)
 
 # %% ../../nbs/10_data.rasters.ipynb #0000001c
 _TOP = ('version', 'root', 'anchor', 'modalities', 'targets', 'tile_label', 'classes', 'scenes', 'discover')
 
+# %% ../../nbs/10_data.rasters.ipynb #88990855
 def _expand(text): # ${NAME} and ${NAME:-default}
     return re.sub(r'\$\{(\w+)(?::-([^}]*))?\}', lambda m: os.environ.get(m[1]) or m[2] or '', str(text))
 
-def load_scenes(path, # YAML file, or a dict with the same content
-                root=None # folder that paths start from; None: as the file says, else the file's own folder
-               ) -> Scenes:
-    "Read a scene description"
-    file, d = (None, path) if isinstance(path, dict) else (Path(path), _read_yaml(Path(path)))
+# %% ../../nbs/10_data.rasters.ipynb #c4c52503
+def _check_top(d, file): # the keys without which nothing can be read
     check_keys(d, _TOP, 'the scene file', file)
     if d.get("version", 1) != 1:
         raise DataError(
                 f"version {d['version']} of scene files is not known here", file, fix="This one reads version 1.")
     for k in ('modalities', 'anchor'):
         if not d.get(k): raise DataError(f"'{k}' is missing", file, fix=f'Write {k}: ...')
+
+# %% ../../nbs/10_data.rasters.ipynb #c31d90f7
+def _check_names(scenes, file): # there are scenes, and each name means one
+    twice = sorted(n for n, k in Counter(s.name for s in scenes).items() if k > 1)
+    if twice: raise DataError(f"scene names must be unique, these are not: {', '.join(twice[:5])}", file)
+    if not scenes:
+        raise DataError("no scene was described or found", file, fix="Add scenes: [...] or discover: {pattern: ...}.")
+
+# %% ../../nbs/10_data.rasters.ipynb #15d2b9c8
+def _class_names(d, scenes, targets, file): # of the tile labels
+    labels = sorted({s.label for s in scenes if s.label is not None})
+    if d.get('tile_label'): labels = targets[pick(d['tile_label'], targets, 'tile_label', file)].classes
+    classes = [str(c) for c in d.get('classes') or labels]
+    for s in scenes:
+        if s.label is not None: pick(s.label, classes, f"label of scene '{s.name}'", file)
+    return classes
+
+# %% ../../nbs/10_data.rasters.ipynb #4fa5bfc3
+def load_scenes(path, # YAML file, or a dict with the same content
+                root=None # folder that paths start from; None: as the file says, else the file's own folder
+               ) -> Scenes:
+    "Read a scene description"
+    file, d = (None, path) if isinstance(path, dict) else (Path(path), _read_yaml(Path(path)))
+    _check_top(d, file)
     root = Path(root) if root is not None else Path(_join(file.parent if file else '.', _expand(d.get('root') or '.')))
     mods = {k: parse_modality(k, v, file) for k, v in d['modalities'].items()}
     targets = {k: parse_target(k, v, file) for k, v in (d.get('targets') or {}).items()}
     anchor = pick(d['anchor'], mods, 'anchor', file)
     scenes = [_explicit(s, root, mods, targets, anchor, file) for s in d.get('scenes') or []]
     if d.get('discover'): scenes += discover(d['discover'], root, mods, targets, anchor, file)
-    names = [s.name for s in scenes]
-    twice = sorted(n for n, k in Counter(names).items() if k > 1)
-    if twice:
-        raise DataError(
-            f"scene names must be unique, these are not: {', '.join(twice[:5])}",
-            file,
-        )
-    if not scenes:
-        raise DataError("no scene was described or found", file, fix="Add scenes: [...] or discover: {pattern: ...}.")
-    labels = sorted({s.label for s in scenes if s.label is not None})
-    if d.get('tile_label'): labels = targets[pick(d['tile_label'], targets, 'tile_label', file)].classes
-    classes = [str(c) for c in d.get('classes') or labels]
-    for s in scenes:
-        if s.label is not None: pick(s.label, classes, f"label of scene '{s.name}'", file)
+    _check_names(scenes, file)
     dtypes = {
             k: np.dtype(v["dtype"]).name for k, v in d["modalities"].items() if isinstance(v, dict) and v.get("dtype")}
-    out = Scenes(mods, scenes, anchor, targets, classes, d.get('tile_label'), dtypes, file and str(file))
+    out = Scenes(mods, scenes, anchor, targets, _class_names(d, scenes, targets, file), d.get('tile_label'), dtypes, file and str(file))
     grid_factors(out)
     return fold_scales(out)
 
@@ -337,22 +359,17 @@ def _explicit(d, root, mods, targets, anchor, file):
     for k in ('name', 'rasters'):
         if not d.get(k): raise DataError(f"a scene has no '{k}': {d}", file)
     name = str(d['name'])
-    rasters = {
-        pick(m, mods, f"modality of scene '{name}'", file): parse_raster(
-                r, root, mods[m], f"scene '{name}': {m}", file)
-        for m, r in d["rasters"].items()
-    }
+    what, rasters, tgt = f"scene '{name}'", {}, {}
+    for m, r in d['rasters'].items():
+        pick(m, mods, f'modality of {what}', file)
+        rasters[m] = parse_raster(r, root, mods[m], f'{what}: {m}', file)
     if anchor not in rasters:
-        raise DataError(
-            f"scene '{name}' has no raster for the anchor '{anchor}'", file, fix="Add it, or choose another anchor."
-        )
-    tgt = {
-        pick(t, targets, f"target of scene '{name}'", file): parse_raster(r, root, None, f"scene '{name}': {t}", file)[
-                0]
-        for t, r in (d.get("targets") or {}).items()
-    }
-    return Scene(name, rasters, tgt, None if d.get("label") is None else str(d["label"]),
-                 None if d.get("group") is None else str(d["group"]))
+        raise DataError(f"{what} has no raster for the anchor '{anchor}'", file, fix="Add it, or choose another anchor.")
+    for t, r in (d.get('targets') or {}).items():
+        pick(t, targets, f'target of {what}', file)
+        tgt[t] = parse_raster(r, root, None, f'{what}: {t}', file)[0]
+    label, group = (None if d.get(k) is None else str(d[k]) for k in ('label', 'group'))
+    return Scene(name, rasters, tgt, label, group)
 
 # %% ../../nbs/10_data.rasters.ipynb #00000020
 def grid_factors(scenes:Scenes # of which modalities and anchor matter
@@ -391,40 +408,40 @@ def fold_scales(scenes:Scenes) -> Scenes: # the same object
 class Source:
     "What GDAL and xarray sources share: nodata, checks, padding"
     seen = (0, 0) # smallest and largest stored value of the last window
-    def set_nodata(self, declared, bands): # declared: per band or None; bands: `Band`s, or None for a target
-        over, self.nodata = self.file.nodata, []
-        bands = bands or [None]*self.n
-        for own in ([over]*self.n, ) if over is not None else (declared, [b and b.nodata for b in bands]):
-            pairs = [self._nodata(v, b) for v, b in zip(own, bands)]
-            if all(v is None for v, _ in pairs): continue
-            values = np.array([0 if v is None else v for v, _ in pairs], self.dtype)[:, None, None]
-            known, strict = (
-                    np.array(o)[:, None, None] for o in ([v is not None for v, _ in pairs], [s for _, s in pairs]))
-            if known.all() and (values == values[0]).all(): values = values.ravel()[0]
-            ends = float(np.min(values)), float(np.max(values))
-            if not any(np.all(values == v) for _, v, *_ in self.nodata): self.nodata.append((ends, values, known, strict))
 
-    def _nodata(self, v, band): # (value in this dtype or None, whether one band is enough)
-        if v is None or v == 'none' or np.isnan(v): return None, False
-        with np.errstate(all='ignore'): w = np.asarray(v).astype(self.dtype)
-        if not np.isclose(float(w), float(v), rtol=1e-6): return None, False
-        if band is None: return w, True
-        lo, hi = band.limits
-        return w, not lo <= float(band.physical(float(v))) <= hi
+# %% ../../nbs/10_data.rasters.ipynb #13e426d5
+@patch
+def _nodata(self:Source, v, band): # (value in this dtype or None, whether one band is enough)
+    if v is None or v == 'none' or np.isnan(v): return None, False
+    with np.errstate(all='ignore'): w = np.asarray(v).astype(self.dtype)
+    if not np.isclose(float(w), float(v), rtol=1e-6): return None, False
+    if band is None: return w, True
+    lo, hi = band.limits
+    return w, not lo <= float(band.physical(float(v))) <= hi
+
+# %% ../../nbs/10_data.rasters.ipynb #f9c89c84
+@patch
+def set_nodata(self:Source, declared, bands): # declared: per band or None; bands: `Band`s, or None for a target
+    over, self.nodata = self.file.nodata, []
+    bands = bands or [None]*self.n
+    for own in ([over]*self.n, ) if over is not None else (declared, [b and b.nodata for b in bands]):
+        pairs = [self._nodata(v, b) for v, b in zip(own, bands)]
+        if all(v is None for v, _ in pairs): continue
+        values = np.array([0 if v is None else v for v, _ in pairs], self.dtype)[:, None, None]
+        known, strict = (
+                np.array(o)[:, None, None] for o in ([v is not None for v, _ in pairs], [s for _, s in pairs]))
+        if known.all() and (values == values[0]).all(): values = values.ravel()[0]
+        ends = float(np.min(values)), float(np.max(values))
+        if not any(np.all(values == v) for _, v, *_ in self.nodata): self.nodata.append((ends, values, known, strict))
 
 # %% ../../nbs/10_data.rasters.ipynb #00000027
 def _last(e): # the innermost reason, in one line
     while e.__cause__ is not None: e = e.__cause__
     return (str(e).splitlines() or [type(e).__name__])[0].rstrip('.')[:160]
 
+# %% ../../nbs/10_data.rasters.ipynb #c3244556
 @patch
-def window(self:Source, row, col, h, w): # inside the file -> (data (n, h, w), valid (h, w) or None)
-    try: x, ok = self.raw(row, col, h, w)
-    except (RasterioError, OSError, ValueError, RuntimeError) as e:
-        raise DataError(f"rows {row}..{row + h}, columns {col}..{col + w} cannot be read ({_last(e)})", self.path,
-                        fix="The file is cut short or damaged: fetch it again.") from None
-    bad, (lo, hi) = None if ok is None else ~ok, (float(x.min()), float(x.max()))
-    self.seen = lo, hi                                              # NaN if there is one; spares most windows the rest
+def _declared(self:Source, x, bad, lo, hi): # add the pixels that hold a declared value
     for (first, last), values, known, strict in self.nodata:
         if last < lo or first > hi: continue
         hit = x == values
@@ -433,14 +450,30 @@ def window(self:Source, row, col, h, w): # inside the file -> (data (n, h, w), v
         loose = (hit | ~known | strict).all(0) & (known & ~strict).any()
         hit = (hit & strict).any(0) | loose
         bad = hit if bad is None else bad | hit
-    if x.dtype.kind == 'f' and not math.isfinite(hi - lo):
-        fin = np.isfinite(x)
-        nan = np.isnan(x).any(0)
-        bad = nan if bad is None else bad | nan
-        inf = (~fin & ~bad).reshape(self.n, -1).sum(1)
-        if inf.any():
-            raise DataError(f"{inf.max()} values are infinite", self.path, self.names[int(inf.argmax())],
-                            "Declare them as nodata, or mend the file.")
+    return bad
+
+# %% ../../nbs/10_data.rasters.ipynb #3cb10a4d
+@patch
+def _finite(self:Source, x, bad): # add the NaNs; what is infinite elsewhere is an error
+    fin, nan = np.isfinite(x), np.isnan(x).any(0)
+    bad = nan if bad is None else bad | nan
+    inf = (~fin & ~bad).reshape(self.n, -1).sum(1)
+    if inf.any():
+        raise DataError(f"{inf.max()} values are infinite", self.path, self.names[int(inf.argmax())],
+                        "Declare them as nodata, or mend the file.")
+    return bad
+
+# %% ../../nbs/10_data.rasters.ipynb #cec3fff6
+@patch
+def window(self:Source, row, col, h, w): # inside the file -> (data (n, h, w), valid (h, w) or None)
+    try: x, ok = self.raw(row, col, h, w)
+    except (RasterioError, OSError, ValueError, RuntimeError) as e:
+        raise DataError(f"rows {row}..{row + h}, columns {col}..{col + w} cannot be read ({_last(e)})", self.path,
+                        fix="The file is cut short or damaged: fetch it again.") from None
+    bad, (lo, hi) = None if ok is None else ~ok, (float(x.min()), float(x.max()))
+    self.seen = lo, hi                                              # NaN if there is one; spares most windows the rest
+    bad = self._declared(x, bad, lo, hi)
+    if x.dtype.kind == 'f' and not math.isfinite(hi - lo): bad = self._finite(x, bad)
     if bad is None or not bad.any(): return x, None
     x[:, bad] = 0
     return x, ~bad
@@ -457,6 +490,31 @@ def padded(self:Source, row, col, h, w): # anywhere: what is outside the file is
         x[(slice(None), *part)], ok[part] = x_, True if ok_ is None else ok_
     return x, ok
 
+# %% ../../nbs/10_data.rasters.ipynb #26d80a00
+def at(A:Affine, # pixel -> projection
+       x, y # numbers or arrays
+      ) -> tuple:
+    "Where a point goes"
+    return A.a*x + A.b*y + A.c, A.d*x + A.e*y + A.f
+
+# %% ../../nbs/10_data.rasters.ipynb #58ab043e
+def after(A:Affine, B:Affine) -> Affine: # spelt out: the operator depends on the version of affine
+    "First B, then A"
+    return Affine(A.a*B.a + A.b*B.d, A.a*B.b + A.b*B.e, A.a*B.c + A.b*B.f + A.c,
+                  A.d*B.a + A.e*B.d, A.d*B.b + A.e*B.e, A.d*B.c + A.e*B.f + A.f)
+
+# %% ../../nbs/10_data.rasters.ipynb #c765d25a
+def pixel_size(transform:Affine, # pixel -> projection
+               crs, # its unit matters; None: metres
+               width:int=0, height:int=0 # pixels, the middle of the image is what counts for degrees
+              ) -> float: # metres
+    "Ground size of a pixel: the side of a square of the same area"
+    side = math.sqrt(abs(transform.determinant))
+    if crs is None: return side
+    if crs.is_geographic:
+        return side*111320*math.sqrt(max(0.01, math.cos(math.radians(at(transform, width/2, height/2)[1]))))
+    return side*crs.linear_units_factor[1]
+
 # %% ../../nbs/10_data.rasters.ipynb #0000002b
 @patch
 def header(self:Source, crs, transform): # what the file says about its place, corrected by what the user says
@@ -470,32 +528,11 @@ def header(self:Source, crs, transform): # what the file says about its place, c
         stretch = f.gsd/pixel_size(self.transform, self.crs, self.width, self.height)
         self.transform = after(self.transform, Affine.scale(stretch))
 
-def at(A:Affine, # pixel -> projection
-       x, y # numbers or arrays
-      ) -> tuple:
-    "Where a point goes"
-    return A.a*x + A.b*y + A.c, A.d*x + A.e*y + A.f
-
-def after(A:Affine, B:Affine) -> Affine: # spelt out: the operator depends on the version of affine
-    "First B, then A"
-    return Affine(A.a*B.a + A.b*B.d, A.a*B.b + A.b*B.e, A.a*B.c + A.b*B.f + A.c,
-                  A.d*B.a + A.e*B.d, A.d*B.b + A.e*B.e, A.d*B.c + A.e*B.f + A.f)
-
-def pixel_size(transform:Affine, # pixel -> projection
-               crs, # its unit matters; None: metres
-               width:int=0, height:int=0 # pixels, the middle of the image is what counts for degrees
-              ) -> float: # metres
-    "Ground size of a pixel: the side of a square of the same area"
-    side = math.sqrt(abs(transform.determinant))
-    if crs is None: return side
-    if crs.is_geographic:
-        return side*111320*math.sqrt(max(0.01, math.cos(math.radians(at(transform, width/2, height/2)[1]))))
-    return side*crs.linear_units_factor[1]
-
 # %% ../../nbs/10_data.rasters.ipynb #0000002e
 for k, v in (("GDAL_CACHEMAX", "128"), ("GDAL_ERROR_ON_LIBJPEG_WARNING", "YES")):
     os.environ.setdefault(k, v)  # MB; a JPEG cut short is an error
 
+# %% ../../nbs/10_data.rasters.ipynb #d4f84e72
 def _exists(path):
     "A `DataError` for what cannot be a raster at all"
     if '://' in path or path.startswith('/vsi'): return
@@ -507,46 +544,38 @@ def _exists(path):
         raise DataError('there is no such file', path, fix=hint)
     if p.is_file() and p.stat().st_size == 0: raise DataError('the file is empty', path, fix='Fetch it again.')
 
+# %% ../../nbs/10_data.rasters.ipynb #3ae69a3a
+def _open_raster(path, handles): # path -> rasterio dataset, opened once
+    if path in handles: return handles[path]
+    _exists(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', NotGeoreferencedWarning)
+        try: handles[path] = rasterio.open(path)
+        except RasterioError as e:
+            raise DataError(f"GDAL cannot read this ({_last(e)})".replace(f"'{path}' ", ""), path,
+                            fix="It is no raster, or it is damaged.") from None
+    return handles[path]
+
+# %% ../../nbs/10_data.rasters.ipynb #b4a59891
+def _no_container(ds, path): # pixels of one image, with a place that can be used
+    if ds.count == 0:
+        raise DataError("this is a container of several rasters", path,
+                fix=f"Write variables: [...]; it holds {', '.join(s.split(':')[-1] for s in ds.subdatasets[:8])}.")
+    if ds.gcps[0] and ds.transform == Affine.identity():
+        raise DataError("this lies on ground control points only", path, fix="Warp it first: gdalwarp -tps.")
+
 # %% ../../nbs/10_data.rasters.ipynb #0000002f
 class GdalSource(Source):
     "Some bands of a file that GDAL reads"
     def __init__(self, file, bands=None, handles=None, as_data=()): # as in `open_source`
-        self.file, self.path, handles = file, file.path, {} if handles is None else handles
-        if self.path not in handles:
-            _exists(self.path)
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore', NotGeoreferencedWarning)
-                try: handles[self.path] = rasterio.open(self.path)
-                except RasterioError as e:
-                    raise DataError(f"GDAL cannot read this ({_last(e)})".replace(f"'{self.path}' ", ""), self.path,
-                                    fix="It is no raster, or it is damaged.") from None
-        ds = self.ds = handles[self.path]
-        if ds.count == 0:
-            raise DataError("this is a container of several rasters", self.path,
-                    fix=f"Write variables: [...]; it holds {', '.join(s.split(':')[-1] for s in ds.subdatasets[:8])}.")
-        if ds.gcps[0] and ds.transform == Affine.identity():
-            raise DataError("this lies on ground control points only", self.path, fix="Warp it first: gdalwarp -tps.")
+        self.file, self.path = file, file.path
+        ds = self.ds = _open_raster(self.path, {} if handles is None else handles)
+        _no_container(ds, self.path)
         self.width, self.height = ds.width, ds.height
-        alpha = [i for i, c in zip(ds.indexes, ds.colorinterp) if c == ColorInterp.alpha and file.alpha is not False]
-        self.index = list(file.bands or [i for i in ds.indexes if i not in alpha])
-        for i in self.index:
-            if i not in ds.indexes:
-                raise DataError(f"there is no band {i}, only 1 to {ds.count}", self.path,
-                                fix="Correct bands: [...] (they count from 1).")
-        self.n, self.names = len(self.index), file.names or [f'band {i}' for i in self.index]
-        kinds = sorted({ds.dtypes[i - 1] for i in self.index})
-        if len(kinds) > 1:
-            raise DataError(f"bands have different dtypes ({', '.join(kinds)})", self.path,
-                            fix="Write dtype: float32 at the modality to convert them, or store them alike.")
-        if "complex" in kinds[0]:
-            raise DataError("values are complex numbers", self.path, fix="Convert to intensity first.")
-        self.dtype = np.dtype(kinds[0])
-        flags = ds.mask_flag_enums[self.index[0] - 1]
-        alpha = [i for i in alpha if i not in self.index and (file.alpha or (self.path, i) not in as_data)]
-        self.alpha = alpha[0] if alpha else None
-        self.masked = MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
-        if bands and len(bands) == self.n: self.names = [b.name for b in bands]
-        self.set_nodata([ds.nodatavals[i - 1] for i in self.index], bands if bands and len(bands) == self.n else None)
+        self._choose(as_data)
+        bands = bands if bands and len(bands) == self.n else None
+        if bands: self.names = [b.name for b in bands]
+        self.set_nodata([ds.nodatavals[i - 1] for i in self.index], bands)
         self.header(ds.crs, ds.transform)
 
     def raw(self, row, col, h, w): # (n, h, w), mask or None
@@ -557,10 +586,38 @@ class GdalSource(Source):
         mask = self.ds.read_masks(self.index[0], window=win) > 0 if self.masked else None
         return self.ds.read(self.index, window=win), mask
 
+# %% ../../nbs/10_data.rasters.ipynb #1ca9adaa
+@patch
+def _choose(self:GdalSource, as_data): # the bands, their dtype, and what masks them
+    ds, file = self.ds, self.file
+    alpha = [i for i, c in zip(ds.indexes, ds.colorinterp) if c == ColorInterp.alpha and file.alpha is not False]
+    self.index = list(file.bands or [i for i in ds.indexes if i not in alpha])
+    for i in self.index:
+        if i not in ds.indexes:
+            raise DataError(f"there is no band {i}, only 1 to {ds.count}", self.path,
+                            fix="Correct bands: [...] (they count from 1).")
+    self.n, self.names = len(self.index), file.names or [f'band {i}' for i in self.index]
+    self.dtype = _one_dtype({ds.dtypes[i - 1] for i in self.index}, self.path)
+    flags = ds.mask_flag_enums[self.index[0] - 1]
+    alpha = [i for i in alpha if i not in self.index and (file.alpha or (self.path, i) not in as_data)]
+    self.alpha = alpha[0] if alpha else None
+    self.masked = MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
+
+# %% ../../nbs/10_data.rasters.ipynb #3f36b75c
+def _one_dtype(kinds, path):
+    kinds = sorted(kinds)
+    if len(kinds) > 1:
+        raise DataError(f"bands have different dtypes ({', '.join(kinds)})", path,
+                        fix="Write dtype: float32 at the modality to convert them, or store them alike.")
+    if "complex" in kinds[0]:
+        raise DataError("values are complex numbers", path, fix="Convert to intensity first.")
+    return np.dtype(kinds[0])
+
 # %% ../../nbs/10_data.rasters.ipynb #00000031
 _X, _Y = ('x', 'lon', 'longitude', 'easting'), ('y', 'lat', 'latitude', 'northing')
 _CUBES = ('.nc', '.nc4', '.cdf', '.h5', '.hdf5', '.zarr')
 
+# %% ../../nbs/10_data.rasters.ipynb #d333e0a8
 def _open_cube(path):
     import xarray as xr
     _exists(path)
@@ -580,31 +637,33 @@ def _open_cube(path):
 # %% ../../nbs/10_data.rasters.ipynb #00000032
 class CubeSource(Source):
     "Some variables of a NetCDF file or a Zarr store"
-    def __init__(self, file, bands=None, handles=None, as_data=()):
-        self.file, self.path, self.alpha, self.declared, handles = (file, file.path, None, None,
-                {} if handles is None else handles)
+    def __init__(self, file, bands=None, handles=None, as_data=()): # as in `open_source`
+        handles = {} if handles is None else handles
+        self.file, self.path, self.alpha, self.declared = file, file.path, None, None
         if self.path not in handles: handles[self.path] = _open_cube(self.path)
         ds = handles[self.path]
-        names = [n for n, v in ds.data_vars.items() if v.ndim >= 2]
-        self.vars = [self._layer(ds[pick(v, names, 'variable', self.path)]) for v in file.bands or names]
-        v = self.vars[0]
-        self.n, self.names, (self.height, self.width) = len(self.vars), file.names or list(file.bands or names), v.shape
-        if bands and len(bands) == self.n: self.names = [b.name for b in bands]
-        kinds = sorted({str(self._unsigned(o).name) for o in self.vars})
-        if len(kinds) > 1:
-            raise DataError(f"variables have different dtypes ({', '.join(kinds)})", self.path,
-                            fix="Take only alike ones, or store them alike.")
-        self.dtype = np.dtype(kinds[0])
-        fill = [
-            o.attrs.get("_FillValue", o.encoding.get("_FillValue", o.attrs.get("missing_value"))) for o in self.vars
-        ]
-        self.set_nodata(fill, bands if bands and len(bands) == self.n else None)
-        self.flip = [self._axis(v, d) for d in v.dims]
-        (y0, dy), (x0, dx) = (
-                (a + d*(n - 1), -d) if d*sign < 0 else (a, d) for (a, d), n, sign in zip(self.flip, v.shape, (-1, 1)))
-        self.flip = [d*sign < 0 for (_, d), sign in zip(self.flip, (-1, 1))]
-        self.header(self._crs(ds, v),
-                    Affine(dx, 0, x0 - dx/2, 0, dy, y0 - dy/2) if v.dims[1] in ds.coords else Affine.identity())
+        self._variables(ds)
+        bands = bands if bands and len(bands) == self.n else None
+        if bands: self.names = [b.name for b in bands]
+        self.set_nodata([_fill(v) for v in self.vars], bands)
+        self._orient(ds)
+
+# %% ../../nbs/10_data.rasters.ipynb #e8fe3700
+@patch
+def _variables(self:CubeSource, ds): # the layers that are read, all of one dtype
+    file, names = self.file, [n for n, v in ds.data_vars.items() if v.ndim >= 2]
+    self.vars = [self._layer(ds[pick(v, names, 'variable', self.path)]) for v in file.bands or names]
+    self.n, self.names = len(self.vars), file.names or list(file.bands or names)
+    self.height, self.width = self.vars[0].shape
+    kinds = sorted({str(self._unsigned(o).name) for o in self.vars})
+    if len(kinds) > 1:
+        raise DataError(f"variables have different dtypes ({', '.join(kinds)})", self.path,
+                        fix="Take only alike ones, or store them alike.")
+    self.dtype = np.dtype(kinds[0])
+
+# %% ../../nbs/10_data.rasters.ipynb #92a1176c
+def _fill(v): # the declared nodata of a variable, wherever the backend puts it
+    return v.attrs.get("_FillValue", v.encoding.get("_FillValue", v.attrs.get("missing_value")))
 
 # %% ../../nbs/10_data.rasters.ipynb #00000034
 @patch
@@ -630,11 +689,18 @@ def _layer(self:CubeSource, v): # two dimensions, (y, x)
 # %% ../../nbs/10_data.rasters.ipynb #00000035
 @patch
 def _unsigned(self:CubeSource, v): # NetCDF-3 habits: unsigned bytes in a signed type
-    return (
-        np.dtype(f"u{v.dtype}")
-        if str(v.attrs.get("_Unsigned", v.encoding.get("_Unsigned", ""))).lower() == "true" and v.dtype.kind == "i"
-        else v.dtype
-    )
+    said = str(v.attrs.get("_Unsigned", v.encoding.get("_Unsigned", ""))).lower()
+    return np.dtype(f"u{v.dtype}") if said == "true" and v.dtype.kind == "i" else v.dtype
+
+# %% ../../nbs/10_data.rasters.ipynb #5c639a26
+@patch
+def _orient(self:CubeSource, ds): # north up, west left: which axes are turned, and the transform
+    v = self.vars[0]
+    axes = [self._axis(v, d) for d in v.dims]
+    self.flip = [d*sign < 0 for (_, d), sign in zip(axes, (-1, 1))]
+    (y0, dy), (x0, dx) = ((a + d*(n - 1), -d) if f else (a, d) for (a, d), n, f in zip(axes, v.shape, self.flip))
+    self.header(self._crs(ds, v),
+                Affine(dx, 0, x0 - dx/2, 0, dy, y0 - dy/2) if v.dims[1] in ds.coords else Affine.identity())
 
 # %% ../../nbs/10_data.rasters.ipynb #00000037
 @patch
@@ -708,6 +774,7 @@ def _rim(row, col, h, w, n=9):
     t = np.linspace(0, 1, n)
     return col + w*np.r_[t, t, 0*t, 0*t + 1], row + h*np.r_[0*t, 0*t + 1, t, t]
 
+# %% ../../nbs/10_data.rasters.ipynb #434f7ef4
 def _cast(x, dtype): # round and clip integers
     if np.dtype(dtype).kind in 'iu': x = np.clip(np.rint(x), np.iinfo(dtype).min, np.iinfo(dtype).max)
     return x.astype(dtype)
@@ -715,43 +782,46 @@ def _cast(x, dtype): # round and clip integers
 # %% ../../nbs/10_data.rasters.ipynb #0000004b
 class Layer:
     "A source on a grid: reads any window of it"
-    def __init__(self, source, grid, nearest=False): # nearest: labels, never mixed
+    def __init__(self,
+                 source:Source, # what to read
+                 grid:Grid, # the pixels wanted
+                 nearest:bool=False # labels: picked, never mixed
+                ):
         self.source, self.grid, self.nearest = source, grid, nearest
         self.same = source.crs is None or grid.crs is None or source.crs == grid.crs
-        self.steps = (
-                whole_steps(after(~source.transform, grid.transform), grid.width, grid.height) if self.same else None)
-        (x0, y0), (x1, y1), (x2, y2) = zip(
-                *self.to_source(grid.width/2 + np.r_[0, 1, 0], grid.height/2 + np.r_[0, 0, 1]))
-        self.ratio = math.sqrt(abs((x1 - x0)*(y2 - y0) - (x2 - x0)*(y1 - y0)))          # file pixels per grid pixel
+        A = after(~source.transform, grid.transform)
+        self.steps = whole_steps(A, grid.width, grid.height) if self.same else None
         self.how = 'warp' if self.steps is None else 'plain' if self.steps[:2] == (1, 1) else 'block'
+        self.ratio = self._ratio()
         self.mean = not nearest and self.ratio > 1.05
-        self.float = (
-            np.float64
-            if source.dtype.itemsize > 4 or (source.dtype.kind in "iu" and source.dtype.itemsize == 4)
-            else np.float32
-        )
-
-    def to_source(self, cols, rows): # grid pixels -> file pixels (columns, rows)
-        xs, ys = at(self.grid.transform, np.asarray(cols, float), np.asarray(rows, float))
-        if not self.same:
-            try: xs, ys = (np.array(o) for o in transform_points(self.grid.crs, self.source.crs, xs, ys))
-            except Exception: xs, ys = xs*np.inf, ys*np.inf
-        return at(~self.source.transform, xs, ys)
-
-    def overlaps(self):
-        c, r = self.to_source(*_rim(0, 0, self.grid.height, self.grid.width))
-        c, r = c[np.isfinite(c)], r[np.isfinite(r)]
-        return (
-            c.size
-            and r.size
-            and c.min() < self.source.width
-            and r.min() < self.source.height
-            and c.max() > 0
-            and r.max() > 0
-        )
+        wide = source.dtype.itemsize > 4 or (source.dtype.kind in "iu" and source.dtype.itemsize == 4)
+        self.float = np.float64 if wide else np.float32
 
     def read(self, row, col, h, w): # grid pixels -> (data (n, h, w), valid (h, w) or None)
         return getattr(self, f'_{self.how}')(row, col, h, w)
+
+# %% ../../nbs/10_data.rasters.ipynb #387796de
+@patch
+def to_source(self:Layer, cols, rows): # grid pixels -> file pixels (columns, rows)
+    xs, ys = at(self.grid.transform, np.asarray(cols, float), np.asarray(rows, float))
+    if not self.same:
+        try: xs, ys = (np.array(o) for o in transform_points(self.grid.crs, self.source.crs, xs, ys))
+        except Exception: xs, ys = xs*np.inf, ys*np.inf
+    return at(~self.source.transform, xs, ys)
+
+# %% ../../nbs/10_data.rasters.ipynb #7c095eb5
+@patch
+def _ratio(self:Layer): # root of the area of a grid pixel in file pixels
+    w, h = self.grid.width/2, self.grid.height/2
+    (x0, y0), (x1, y1), (x2, y2) = zip(*self.to_source(w + np.r_[0, 1, 0], h + np.r_[0, 0, 1]))
+    return math.sqrt(abs((x1 - x0)*(y2 - y0) - (x2 - x0)*(y1 - y0)))
+
+# %% ../../nbs/10_data.rasters.ipynb #609f27dc
+@patch
+def overlaps(self:Layer): # do grid and file share ground?
+    s, (c, r) = self.source, self.to_source(*_rim(0, 0, self.grid.height, self.grid.width))
+    c, r = c[np.isfinite(c)], r[np.isfinite(r)]
+    return c.size and r.size and c.min() < s.width and r.min() < s.height and c.max() > 0 and r.max() > 0
 
 # %% ../../nbs/10_data.rasters.ipynb #0000004d
 @patch
@@ -771,40 +841,47 @@ def _block(self:Layer, row, col, h, w):
 
 # %% ../../nbs/10_data.rasters.ipynb #00000052
 @patch
-def _warp(self:Layer, row, col, h, w):
-    s, T = self.source, after(self.grid.transform, Affine.translation(col, row))
-    c, r = self.to_source(*_rim(row, col, h, w))
-    fin = np.isfinite(c) & np.isfinite(r)
-    m = math.ceil(2*max(1, self.ratio)) + 2
-    lo, hi = np.array([[0, 0], [s.height, s.width]])
-    a, b = (
-        (np.full(2, 0), np.full(2, 0))
-        if not fin.any()
-        else (
-            np.clip([f(r[fin].min()) - m, f(c[fin].min()) - m], lo, hi)
-            if f is math.floor
-            else np.clip([f(r[fin].max()) + m, f(c[fin].max()) + m], lo, hi)
-            for f in (math.floor, math.ceil)
-        )
-    )
-    if (b <= a).any(): return np.zeros((s.n, h, w), s.dtype), np.zeros((h, w), bool)
-    x, ok = s.window(*map(int, a), *map(int, b - a))
-    rim = np.stack([np.where(a == lo, m, 0), np.where(b == hi, m, 0)], 1) if not self.nearest else np.zeros((2, 2), int)
-    S = after(s.transform, Affine.translation(a[1] - rim[1, 0], a[0] - rim[0, 0]))
-    crs = (
-        dict(src_crs=s.crs, dst_crs=self.grid.crs) if not self.same else dict(src_crs="EPSG:3857", dst_crs="EPSG:3857")
-    )
+def _under(self:Layer, row, col, h, w): # first and end (row, column) in the file, the margin, whether all of the rim has a place
+    s, (c, r) = self.source, self.to_source(*_rim(row, col, h, w))
+    fin, m = np.isfinite(c) & np.isfinite(r), math.ceil(2*max(1, self.ratio)) + 2
+    if not fin.any(): return np.zeros(2, int), np.zeros(2, int), m, False
+    end = np.array([s.height, s.width])
+    a = np.clip([math.floor(v[fin].min()) - m for v in (r, c)], 0, end)
+    b = np.clip([math.ceil(v[fin].max()) + m for v in (r, c)], 0, end)
+    return a, b, m, fin.all()
+
+# %% ../../nbs/10_data.rasters.ipynb #1837d7c6
+@patch
+def _resampler(self:Layer, S, T, h, w): # (values, dtype, kernel) -> (..., h, w); S, T: transforms of the values and of the window
+    crs = (self.source.crs, self.grid.crs) if not self.same else ('EPSG:3857', 'EPSG:3857')
     def to_grid(v, dtype, how):
         out = np.zeros((*v.shape[:-2], h, w), dtype)
         reproject(np.ascontiguousarray(v, dtype), out, src_transform=S, dst_transform=T, resampling=how, tolerance=0,
-                  XSCALE=1, YSCALE=1, **crs)
+                  XSCALE=1, YSCALE=1, src_crs=crs[0], dst_crs=crs[1])
         return out
+    return to_grid
+
+# %% ../../nbs/10_data.rasters.ipynb #c93066c0
+@patch
+def _warp(self:Layer, row, col, h, w):
+    s, T = self.source, after(self.grid.transform, Affine.translation(col, row))
+    a, b, m, placed = self._under(row, col, h, w)
+    if (b <= a).any(): return np.zeros((s.n, h, w), s.dtype), np.zeros((h, w), bool)
+    x, ok = s.window(*map(int, a), *map(int, b - a))
+    rim = np.stack([np.where(a == 0, m, 0), np.where(b == (s.height, s.width), m, 0)], 1)
+    if self.nearest: rim[:] = 0
+    to_grid = self._resampler(after(s.transform, Affine.translation(a[1] - rim[1, 0], a[0] - rim[0, 0])), T, h, w)
     if self.nearest:
-        return to_grid(x, x.dtype, Resampling.nearest), to_grid(
-                np.ones(x.shape[1:]) if ok is None else ok, np.uint8, Resampling.nearest) > 0
+        real = to_grid(np.ones(x.shape[1:]) if ok is None else ok, np.uint8, Resampling.nearest) > 0
+        return to_grid(x, x.dtype, Resampling.nearest), real
+    return self._mix(x, ok, rim, to_grid, placed)
+
+# %% ../../nbs/10_data.rasters.ipynb #80ef500c
+@patch
+def _mix(self:Layer, x, ok, rim, to_grid, placed): # average or interpolate values and validity
     how, edge = (Resampling.average, 'constant') if self.mean else (Resampling.bilinear, 'edge')
     y = to_grid(np.pad(x, [(0, 0), *rim], 'edge'), self.float, how)
-    if ok is None and not rim.any() and fin.all(): return _cast(y, x.dtype), None
+    if ok is None and not rim.any() and placed: return _cast(y, x.dtype), None
     ok = np.ones(x.shape[1:], bool) if ok is None else ok
     good = to_grid(np.pad(ok, rim, edge), np.float32, how) > .999
     if rim.any() and not self.mean: good &= to_grid(np.pad(np.ones_like(ok), rim), np.uint8, Resampling.nearest) > 0
@@ -821,26 +898,32 @@ class SceneReader:
         self.scene, self.scenes, self._check, self._handles = scene, scenes, check, {}
         self.factors = grid_factors(scenes)
 
-    def __enter__(self):
-        try:
-            self._open()
-            if self._check: self.check()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def close(self):
-        "Close all files"
-        for h in self._handles.values(): h.close()
-        self._handles.clear()
-
-    def __exit__(self, *_): self.close()
     transform = property(lambda self: self.grid.transform, doc='Anchor pixel -> projection')
     crs = property(lambda self: self.grid.crs, doc='None: not georeferenced')
     height = property(lambda self: self.grid.height, doc='Anchor pixels')
     width = property(lambda self: self.grid.width, doc='Anchor pixels')
     present = property(lambda self: list(self.layers), doc='Modalities that this scene has')
+
+# %% ../../nbs/10_data.rasters.ipynb #2e0dc041
+@patch
+def __enter__(self:SceneReader):
+    try:
+        self._open()
+        if self._check: self.check()
+    except BaseException:
+        self.close()
+        raise
+    return self
+
+# %% ../../nbs/10_data.rasters.ipynb #111d9736
+@patch
+def close(self:SceneReader):
+    "Close all files"
+    for h in self._handles.values(): h.close()
+    self._handles.clear()
+
+@patch
+def __exit__(self:SceneReader, *_): self.close()
 
 # %% ../../nbs/10_data.rasters.ipynb #00000057
 @patch
@@ -850,13 +933,21 @@ def _open(self:SceneReader):
     sources = {m: self._sources(m, files, as_data) for m, files in sc.rasters.items()}
     if S.anchor not in sources: raise DataError(f"scene '{sc.name}' has no raster for the anchor '{S.anchor}'", S.path)
     targets = {t: open_source(f, None, self._handles, as_data) for t, f in sc.targets.items()}
-    first = min(
-        sources[S.anchor], key=lambda s: pixel_size(s.transform, s.crs, s.width, s.height) if s.placed else -s.width
-    )
+    self._settle([s for ss in sources.values() for s in ss], sources[S.anchor], targets.values())
+    self._lay(sources, targets)
+
+# %% ../../nbs/10_data.rasters.ipynb #b96130fc
+@patch
+def _settle(self:SceneReader, sources, anchors, targets): # the grid, and a place for everything
+    first = min(anchors, key=lambda s: pixel_size(s.transform, s.crs, s.width, s.height) if s.placed else -s.width)
     self.grid = self._anchor_grid(first)
-    everything = [s for ss in (*sources.values(), targets.values()) for s in ss]
-    for s in everything: self._place(s, first)
-    self._phase([s for ss in sources.values() for s in ss])
+    for s in (*sources, *targets): self._place(s, first)
+    self._phase(sources)
+
+# %% ../../nbs/10_data.rasters.ipynb #0b555573
+@patch
+def _lay(self:SceneReader, sources, targets): # sources on the grids of their modalities
+    S = self.scenes
     self.layers = {m: [Layer(s, self.grid.coarser(self.factors[m])) for s in ss] for m, ss in sources.items()}
     self.targets = {t: Layer(s, self.grid, S.targets[t].kind == 'mask') for t, s in targets.items()}
     self.dtypes = {m: np.dtype(S.dtypes.get(m) or ls[0].source.dtype) for m, ls in self.layers.items()}
@@ -871,31 +962,28 @@ def _open(self:SceneReader):
 # %% ../../nbs/10_data.rasters.ipynb #00000059
 @patch
 def _sources(self:SceneReader, m, files, as_data): # the sources of a modality, their bands and dtypes checked
-    mod = self.scenes.modalities[m]
-    by = {b.name: b for b in mod.bands}
-    out = [
-        open_source(
-            f, [by[n] for n in f.names] if f.names else mod.bands if len(files) == 1 else None, self._handles, as_data
-        )
-        for f in files
-    ]
-    n = sum(s.n for s in out)
-    for s in out:
-        want = len(s.file.names) if s.file.names else mod.n_bands if len(out) == 1 else s.n
-        if s.n != want or n != mod.n_bands:
-            hint = ' It has an alpha band as well: if that is data, name it too.' if s.alpha else ''
-            raise DataError(
-                f"{s.n} band{'s' if s.n > 1 else ''} for modality '{m}', which has {want} "
-                f"({', '.join(s.file.names or mod.band_names)})",
-                s.path,
-                fix=f"Name the ones to use with bands: [...].{hint}",
-            )
+    mod, by = self.scenes.modalities[m], {b.name: b for b in self.scenes.modalities[m].bands}
+    def bands(f): return [by[n] for n in f.names] if f.names else mod.bands if len(files) == 1 else None
+    out = [open_source(f, bands(f), self._handles, as_data) for f in files]
+    self._count(m, out)
     kinds = {str(s.dtype): s.path for s in out}
     if len(kinds) > 1 and m not in self.scenes.dtypes:
         a, b = list(kinds)[:2]
         raise DataError(f"modality '{m}' mixes dtypes: {a} here, {b} in {Path(kinds[b]).name}", kinds[a],
                         fix="Write dtype: float32 at the modality to convert them, or store them alike.")
     return out
+
+# %% ../../nbs/10_data.rasters.ipynb #f4daab90
+@patch
+def _count(self:SceneReader, m, sources): # as many bands as the modality has
+    mod, n = self.scenes.modalities[m], sum(s.n for s in sources)
+    for s in sources:
+        want = len(s.file.names) if s.file.names else mod.n_bands if len(sources) == 1 else s.n
+        if s.n == want and n == mod.n_bands: continue
+        hint = ' It has an alpha band as well: if that is data, name it too.' if s.alpha else ''
+        raise DataError(f"{s.n} band{'s' if s.n > 1 else ''} for modality '{m}', which has {want} "
+                        f"({', '.join(s.file.names or mod.band_names)})", s.path,
+                        fix=f"Name the ones to use with bands: [...].{hint}")
 
 # %% ../../nbs/10_data.rasters.ipynb #0000005b
 @patch
@@ -990,6 +1078,7 @@ def _hard(self:SceneReader, mod, dtype): # impossible stored values lie beyond t
     if dtype.kind in 'iu' and np.iinfo(dtype).min >= max(lo) and np.iinfo(dtype).max <= min(hi): return None
     return np.array(lo), np.array(hi), max(lo), min(hi)
 
+# %% ../../nbs/10_data.rasters.ipynb #14c4c0b8
 def _short(crs):
     return "no projection" if crs is None else f"EPSG:{crs.to_epsg()}" if crs.to_epsg() else "its own projection"
 
@@ -1039,6 +1128,7 @@ def _file(self:SceneReader, m, i): # the file that band i comes from
         if i < l.source.n: return l.source.path
         i -= l.source.n
 
+# %% ../../nbs/10_data.rasters.ipynb #bd8d80ba
 @patch
 def read(self:SceneReader,
          row:int, col:int, # upper left corner, anchor pixels, may lie outside
@@ -1090,6 +1180,7 @@ def _classes(x, ok, name, spec, s):
         )
     return out
 
+# %% ../../nbs/10_data.rasters.ipynb #738308ff
 def _amounts(x, ok, name, spec, s):
     f = s.file
     ok = np.ones(x.shape, bool) if ok is None else ok.copy()

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import rasterio
 import yaml
+from fastcore.basics import patch
 from rasterio.transform import from_origin
 from scipy import ndimage as ndi
 from tqdm.auto import tqdm
@@ -30,10 +31,14 @@ from ..modalities import DataError, pick
 # %% ../../nbs/12_data.synthetic.ipynb #00000006
 CLASSES = {'water': '#2f6fb5', 'bare': '#c9b28f', 'field': '#d9c14a', 'meadow': '#9ccf6a', 'forest': '#1f6b35',
            'orchard': '#6f9f3f', 'residential': '#c8553d', 'industrial': '#7d6b91'}
+
+# %% ../../nbs/12_data.synthetic.ipynb #c16a5ed9
 LAND_COVER = {'water': '#2f6fb5', 'bare': '#c9b28f', 'crop': '#d9c14a', 'grass': '#9ccf6a', 'tree': '#1f6b35',
               'road': '#6b6b6b', 'building': '#c8553d'}
 FROM_TO = {'unchanged': '#202020', 'vegetation to building': '#f28e2b', 'ground to building': '#e15759',
            'building to vegetation': '#59a14f', 'building to ground': '#76b7b2'}
+
+# %% ../../nbs/12_data.synthetic.ipynb #c9340fb0
 COVER = {name: i for i, name in enumerate(LAND_COVER)}
 PX = .5 # metres per pixel of the finest grid
 
@@ -97,10 +102,12 @@ def texture(rng, n:int, wavelength:float, width:float=.5) -> np.ndarray: # px, r
     "Isotropic noise around one wavelength"
     return _filtered(rng, n, lambda f, a: np.exp(-.5*(np.log(f*wavelength)/width)**2))
 
+# %% ../../nbs/12_data.synthetic.ipynb #f6e6ad4f
 def fractal(rng, n:int, longest:float, slope:float=3.) -> np.ndarray: # px, fall with frequency -> (n, n)
     "Fractal noise with wavelengths up to `longest`"
     return _filtered(rng, n, lambda f, a: (f*f + 1/longest**2)**(-slope/2))
 
+# %% ../../nbs/12_data.synthetic.ipynb #61a9838e
 def waves(rng, n:int, wavelength:float, angle:float, spread:float=.35) -> np.ndarray: # px, rad, rad -> (n, n)
     "Short-crested waves that run towards `angle`"
     return _filtered(rng, n, lambda f, a: np.exp(-.5*(np.log(f*wavelength)/.3)**2 - .5*(np.sin(a - angle)/spread)**2))
@@ -117,30 +124,38 @@ class Canvas:
         self.height = np.zeros((n, n), np.float32) # above ground, m
         self.cover = np.zeros((n, n), np.uint8)    # index into `LAND_COVER`
 
-    def mix(self, a, b=None) -> int:
-        "The paint between spectrum `a` and spectrum `b` (None: `a` alone)"
-        b = a if b is None else b
-        key = a.tobytes() + b.tobytes()
-        if key not in self._known: self._known[key] = len(self.palette); self.palette.append((a, b))
-        return self._known[key]
+# %% ../../nbs/12_data.synthetic.ipynb #29a3935a
+@patch
+def mix(self:Canvas, a, b=None) -> int: # two spectra at `KNOTS` -> number of the paint
+    "The paint between spectrum `a` and spectrum `b` (None: `a` alone)"
+    b = a if b is None else b
+    key = a.tobytes() + b.tobytes()
+    if key not in self._known: self._known[key] = len(self.palette); self.palette.append((a, b))
+    return self._known[key]
 
-    def copy(self):
-        "The same ground, to be changed without changing this one"
-        c = Canvas(self.n); c.palette, c._known = self.palette, self._known
-        for k in self.LAYERS: setattr(c, k, getattr(self, k).copy())
-        return c
+# %% ../../nbs/12_data.synthetic.ipynb #2d50b6ae
+@patch
+def copy(self:Canvas):
+    "The same ground, to be changed without changing this one"
+    c = Canvas(self.n); c.palette, c._known = self.palette, self._known
+    for k in self.LAYERS: setattr(c, k, getattr(self, k).copy())
+    return c
 
-    def put(self, sl, where, paint, share=0., bright=1., height=0., cover=0):
-        "Write into the pixels `where` of the window `sl`; None leaves a layer as it is"
-        for k, v in zip(self.LAYERS, (paint, share, bright, height, cover)):
-            if v is not None: np.copyto(getattr(self, k)[sl], v, where=where, casting='unsafe')
+# %% ../../nbs/12_data.synthetic.ipynb #408c3a35
+@patch
+def put(self:Canvas, sl, where, paint, share=0., bright=1., height=0., cover=0): # window, (h, w) bool, values or (h, w)
+    "Write into the pixels `where` of the window `sl`; None leaves a layer as it is"
+    for k, v in zip(self.LAYERS, (paint, share, bright, height, cover)):
+        if v is not None: np.copyto(getattr(self, k)[sl], v, where=where, casting='unsafe')
 
-    def window(self, x, y, reach):
-        "Window around (x, y) m and the coordinates of its pixels relative to it; None when it is outside"
-        (c0, c1), (r0, r1) = ((max(int((a - reach)/PX), 0), min(int((a + reach)/PX) + 2, self.n)) for a in (x, y))
-        if c0 >= c1 or r0 >= r1: return None
-        dx, dy = ((np.arange(lo, hi, dtype=np.float32) + .5)*PX - a for lo, hi, a in ((c0, c1, x), (r0, r1, y)))
-        return (slice(r0, r1), slice(c0, c1)), dx[None], dy[:, None]
+# %% ../../nbs/12_data.synthetic.ipynb #c9bf4455
+@patch
+def window(self:Canvas, x, y, reach): # m -> ((rows, cols), dx (1, w), dy (h, 1)), m
+    "Window around (x, y) m and the coordinates of its pixels relative to it; None when it is outside"
+    (c0, c1), (r0, r1) = ((max(int((a - reach)/PX), 0), min(int((a + reach)/PX) + 2, self.n)) for a in (x, y))
+    if c0 >= c1 or r0 >= r1: return None
+    dx, dy = ((np.arange(lo, hi, dtype=np.float32) + .5)*PX - a for lo, hi, a in ((c0, c1, x), (r0, r1, y)))
+    return (slice(r0, r1), slice(c0, c1)), dx[None], dy[:, None]
 
 # %% ../../nbs/12_data.synthetic.ipynb #00000018
 def draw_tree(cv, rim, x, y, radius, height, paint, share=0., bright=1.):
@@ -174,19 +189,23 @@ class Building:
     first:bool=True; second:bool=True # stands on the first, on the second date
     scar:bool=False # where it does not stand, there is bare ground
 
-    def top(self, u, v):
-        "Height of the roof at (along, across) m"
-        across, along = self.width/2 - np.abs(v), self.length/2 - np.abs(u)
-        if self.roof == 'gable': return self.eave + self.rise*across*2/self.width + 0*u
-        if self.roof == 'hip': return self.eave + self.rise*np.clip(np.minimum(across, along)*2/self.width, 0, 1)
-        if self.roof == 'saw': return self.eave + self.rise*np.mod(u/6, 1) + 0*v
-        return self.eave + .5*(np.minimum(across, along) < .6)
+# %% ../../nbs/12_data.synthetic.ipynb #dd8b1fae
+@patch
+def top(self:Building, u, v): # m along and across, from the centre
+    "Height of the roof at (along, across) m"
+    across, along = self.width/2 - np.abs(v), self.length/2 - np.abs(u)
+    if self.roof == 'gable': return self.eave + self.rise*across*2/self.width + 0*u
+    if self.roof == 'hip': return self.eave + self.rise*np.clip(np.minimum(across, along)*2/self.width, 0, 1)
+    if self.roof == 'saw': return self.eave + self.rise*np.mod(u/6, 1) + 0*v
+    return self.eave + .5*(np.minimum(across, along) < .6)
 
-    def corners(self) -> np.ndarray: # (4, 2) scene metres
-        "The four corners, in order around"
-        ca, sa = np.cos(self.angle), np.sin(self.angle)
-        box = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])*(self.length/2, self.width/2)
-        return box@[[ca, sa], [-sa, ca]] + (self.x, self.y)
+# %% ../../nbs/12_data.synthetic.ipynb #300f6651
+@patch
+def corners(self:Building) -> np.ndarray: # (4, 2) scene metres
+    "The four corners, in order around"
+    ca, sa = np.cos(self.angle), np.sin(self.angle)
+    box = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])*(self.length/2, self.width/2)
+    return box@[[ca, sa], [-sa, ca]] + (self.x, self.y)
 
 # %% ../../nbs/12_data.synthetic.ipynb #0000001d
 _EXTRAS = (lambda u, v: (np.mod(u, 6) < 1.5) & (np.abs(np.mod(v, 9) - 4.5) < 2.6),    # strips of skylights
@@ -194,6 +213,7 @@ _EXTRAS = (lambda u, v: (np.mod(u, 6) < 1.5) & (np.abs(np.mod(v, 9) - 4.5) < 2.6
            lambda u, v: (np.mod(v, 2.6) < 1.7) & (np.abs(np.mod(u, 11) - 5.5) < 4.6),  # solar panels
            lambda u, v: np.mod(u, 3.2) + 0*v < .6)                                     # seams
 
+# %% ../../nbs/12_data.synthetic.ipynb #4afe5448
 def draw_building(cv, b):
     "The roof, with what lies on it"
     dark = b.extras == 2
@@ -255,7 +275,7 @@ def sunlit(surface, azimuth:float, elevation:float, tallest:float=25.) -> np.nda
     "Cast shadows on a surface in m; the sun stands at `azimuth` rad clockwise from north"
     n, line = surface.shape[0], surface.copy()
     dc, dr, tan = np.sin(azimuth), -np.cos(azimuth), np.tan(elevation)
-    for k in range(1, int(min(tallest/tan, 45)/PX)):
+    for k in range(1, min(int(min(tallest/tan, 45)/PX), n)):
         c, r = round(k*dc), round(k*dr)
         to = slice(max(-r, 0), n - max(r, 0)), slice(max(-c, 0), n - max(c, 0))
         at = slice(max(r, 0), n - max(-r, 0)), slice(max(c, 0), n - max(-c, 0))
@@ -299,7 +319,8 @@ def layout(rng, n:int, zone_m:float=64.) -> np.ndarray: # (n, n) int, from 1
     at = (np.stack(np.mgrid[:k, :k], -1).reshape(-1, 2) + .5 + rng.uniform(-.22, .22, (k*k, 2)))*(n/k)
     number = np.zeros((n, n), np.int16); number[tuple(at.astype(int).T)] = np.arange(k*k) + 1
     near = number[tuple(ndi.distance_transform_edt(number == 0, return_distances=False, return_indices=True))]
-    bent = [np.clip(np.arange(n).reshape(s) + 3*texture(rng, n, 130), 0, n - 1).astype(int) for s in ((-1, 1), (1, -1))]
+    bent = [np.clip(np.arange(n).reshape(s) + 3*texture(rng, n, 130), 0, n - 1).astype(int)
+            for s in ((-1, 1), (1, -1))]
     return near[tuple(bent)]
 
 # %% ../../nbs/12_data.synthetic.ipynb #00000031
@@ -320,17 +341,25 @@ class Zone:
     @property
     def area(self): return self.mask.sum()*PX*PX
 
-    def to_xy(self, u, v):
-        "Own coordinates to scene metres"
-        ca, sa = np.cos(self.angle), np.sin(self.angle)
-        return self.x + u*ca - v*sa, self.y + u*sa + v*ca
+# %% ../../nbs/12_data.synthetic.ipynb #5e16a2b1
+@patch
+def to_xy(self:Zone, u, v): # m
+    "Own coordinates to scene metres"
+    ca, sa = np.cos(self.angle), np.sin(self.angle)
+    return self.x + u*ca - v*sa, self.y + u*sa + v*ca
 
-    def depth(self, x, y):
-        "How deep inside (x, y) lies, in m; 0 outside"
-        r, c = int(y/PX) - self.sl[0].start, int(x/PX) - self.sl[1].start
-        return self.inside[r, c] if 0 <= r < self.mask.shape[0] and 0 <= c < self.mask.shape[1] else 0.
+# %% ../../nbs/12_data.synthetic.ipynb #7adf3333
+@patch
+def depth(self:Zone, x, y): # scene metres
+    "How deep inside (x, y) lies, in m; 0 outside"
+    r, c = int(y/PX) - self.sl[0].start, int(x/PX) - self.sl[1].start
+    return self.inside[r, c] if 0 <= r < self.mask.shape[0] and 0 <= c < self.mask.shape[1] else 0.
 
-    def fits(self, b, margin=2.7): return all(self.depth(*c) > margin for c in b.corners()) # every corner well inside
+# %% ../../nbs/12_data.synthetic.ipynb #15fe883f
+@patch
+def fits(self:Zone, b, margin=2.7): # a `Building`; m
+    "Every corner lies well inside"
+    return all(self.depth(*c) > margin for c in b.corners())
 
 # %% ../../nbs/12_data.synthetic.ipynb #00000035
 def cut_zones(rng, number, kinds) -> list: # of `Zone`
@@ -354,6 +383,7 @@ def painter(f):
     PAINTERS[f.__name__.removeprefix('paint_')] = f
     return f
 
+# %% ../../nbs/12_data.synthetic.ipynb #e98c2fb6
 def textures(rng, n:int, wind:float) -> dict: # noise (n, n) by name; wavelengths in px
     "The noise every painter draws from"
     sizes = dict(grain=3, rim=5, tuft=8, patch=18, broad=80)
@@ -448,11 +478,13 @@ def paint_orchard(cv, z, rng, cond, tex):
 # %% ../../nbs/12_data.synthetic.ipynb #0000004d
 _ROOFS = {'tiles': 1.}, {'slate': 1.}, {'tiles': .5, 'slate': .5}, {'tiles': .4, 'concrete': .6}
 
+# %% ../../nbs/12_data.synthetic.ipynb #c1d48e47
 def _dates(rng):
     "When a building stands: 72 % on both dates, 14 % only before, 14 % only after"
     p = rng.random()
     return dict(first=bool(p > .14), second=not .14 < p < .28, scar=bool(rng.random() < .5))
 
+# %% ../../nbs/12_data.synthetic.ipynb #d5031ed9
 def _plot(cv, z, rng, u, v, side, paved):
     "A house with its drive and, where there is room, a garage"
     turn, (x, y) = rng.choice([0, np.pi/2]), z.to_xy(u, v + side*rng.uniform(8.5, 10.5))
@@ -503,6 +535,7 @@ _YARDS = (((4.3, 1.9), .7, 5.5, (1.5, 1.5)),     # cars: (length, width), gap, l
           ((6.1, 2.5), .3, 1.4, (2.6, 5.2)))     # containers, one or two high
 _HUES = (('tiles', 1.), ('blue', 1.), ('white', .8), ('slate', 1.), ('metal', 1.), ('rape', .7))
 
+# %% ../../nbs/12_data.synthetic.ipynb #bb7ecec7
 def _yard(cv, z, rng, u, v, length, width):
     "A block of parked cars, of lorries or of stacked containers"
     (l, w), gap, lane, high = _YARDS[rng.integers(3)]
@@ -521,6 +554,7 @@ def _hall(z, rng, u, v, length, width):
                     str(rng.choice(['flat', 'flat', 'saw', 'gable'])), roof, rng.uniform(.6, 1.1), 'hall',
                     int(rng.integers(4)), **_dates(rng))
 
+# %% ../../nbs/12_data.synthetic.ipynb #98f47cda
 @painter
 def paint_industrial(cv, z, rng, cond, tex) -> list: # of `Building`
     "Halls on a grid, parked cars, lorries, containers"
@@ -622,10 +656,19 @@ def see_dsm(rng, cv, ground) -> np.ndarray: # (1, n, n) float32, m
 SIGMA0 = dict(water=(-20, -26), bare=(-11, -18), crop=(-11, -16.5), grass=(-12.5, -18.5), tree=(-9, -14),
               road=(-15, -22), building=(-9, -17)) # (VV, VH) in dB
 
+# %% ../../nbs/12_data.synthetic.ipynb #f16208c4
+def _layover(rng, power, solid, wall, toward, off_nadir): # (2, n, n), (n, n) m, (n, n) m per pixel; in place
+    "Walls shine where they are seen: nearer to the sensor than their foot"
+    n, (row, col) = len(solid), np.nonzero(wall > .4)
+    lean = (solid[row, col]/np.tan(off_nadir)*rng.uniform(.2, 1., len(row))/PX).astype(int)
+    at = row*n + np.clip(col - toward*lean, 0, n - 1)
+    for i, k in enumerate((3., .35)): power[i] += k*np.bincount(at, wall[row, col], n**2).reshape(n, n)
+
 # %% ../../nbs/12_data.synthetic.ipynb #00000063
 def see_sar(rng, cv, ground, looks:int=4) -> np.ndarray: # (2, n//4, n//4) float32: VV, VH in dB
     "What a side-looking radar records"
-    off_nadir, toward = np.radians(rng.uniform(32, 42)), 1 if rng.random() < .5 else -1 # +1: it looks to the east
+    off_nadir = np.radians(rng.uniform(32, 42))
+    toward = 1 if rng.random() < .5 else -1 # +1: it looks to the east
     surface = ground + cv.height
     solid = np.where(np.isin(cv.cover, [COVER['building'], COVER['road']]), cv.height, 0)
     rise, wall = (toward*np.gradient(z, axis=1) for z in (surface, solid)) # m per pixel, away from the sensor
@@ -634,10 +677,7 @@ def see_sar(rng, cv, ground, looks:int=4) -> np.ndarray: # (2, n//4, n//4) float
     power = (10**(sigma/10)).astype(np.float32)[cv.cover].transpose(2, 0, 1)
     power *= .04 + sunlit(surface, np.pi*(1 + toward/2), np.pi/2 - off_nadir)
     power *= np.exp(.8*np.clip(rise/PX, -1, 1.2))*np.clip(cv.bright, .4, 1.6)
-    row, col = np.nonzero(wall > .4)
-    lean = (solid[row, col]/np.tan(off_nadir)*rng.uniform(.2, 1., len(row))/PX).astype(int)
-    at = row*cv.n + np.clip(col - toward*lean, 0, cv.n - 1)
-    for i, k in enumerate((3., .35)): power[i] += k*np.bincount(at, wall[row, col], cv.n**2).reshape(cv.n, cv.n)
+    _layover(rng, power, solid, wall, toward, off_nadir)
     power = block_mean(power, 4)
     return (10*np.log10(power*rng.gamma(looks, 1/looks, power.shape)) + rng.normal(0, .8)).astype(np.float32)
 
@@ -645,6 +685,7 @@ def see_sar(rng, cv, ground, looks:int=4) -> np.ndarray: # (2, n//4, n//4) float
 NODATA = dict(rgb=0, rgb_t2=0, ms2=0, ms10=0, dsm=-9999., sar=-9999.)
 _REACH = dict(rgb=0., rgb_t2=-6., ms2=4., ms10=4., dsm=-5.) # m beyond the camera's edge
 
+# %% ../../nbs/12_data.synthetic.ipynb #0e203f99
 def beyond(rng, n:int) -> np.ndarray: # (n, n) m, negative outside the swath
     "How far inside the swath each pixel lies"
     a, cut = rng.uniform(0, 2*np.pi), rng.uniform(.62, .85)
@@ -664,6 +705,7 @@ def crop_swath(rng, images:dict, n:int) -> None:
 # %% ../../nbs/12_data.synthetic.ipynb #00000068
 GSD = dict(rgb=.5, dsm=.5, ms2=2., ms10=10., sar=2., rgb_t2=.5)
 
+# %% ../../nbs/12_data.synthetic.ipynb #ae975a5e
 def _labels(land) -> dict:
     "Label rasters of the scene (n, n)"
     a, b = land.first.cover, land.second.cover
@@ -704,7 +746,8 @@ def _see(m, land, rng):
     if m == 'ms2': return see_ms(rng, cv, ground, cond, MS2_NM.values(), 4)
     if m == 'ms10': return see_ms(rng, cv, ground, cond, MS10_NM.values(), 20)
     if m == 'rgb_t2': # another day: another sun, the turf a little drier or greener
-        day, cv = draw_conditions(rng), land.second.copy(); soft = np.isin(cv.cover, [COVER['crop'], COVER['grass']])
+        day, cv = draw_conditions(rng), land.second.copy()
+        soft = np.isin(cv.cover, [COVER['crop'], COVER['grass']])
         return see_rgb(rng, _drier(cv, soft, rng.uniform(-.2, .2)), ground, day)
     return see_rgb(rng, cv, ground, cond)
 
@@ -747,6 +790,7 @@ def _feature(b, x0, y0):
 # %% ../../nbs/12_data.synthetic.ipynb #00000071
 VERSION = 4 # of the generator: scenes written by another one are made again
 
+# %% ../../nbs/12_data.synthetic.ipynb #641930e7
 def _write_scene(i, out, size_m, seed, modalities, collars):
     "Write one scene into a temporary folder, renamed when complete; one that is there already is kept"
     name = f'scene_{i:02d}'

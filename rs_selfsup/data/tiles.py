@@ -46,6 +46,7 @@ class Place:
     def lonlat(self, x, y): # pixel coordinates (arrays) -> degrees, or None without a CRS
         return None if self.crs is None else np.array(warp_points(self.crs, 'EPSG:4326', *_apply(self.transform, x, y)))
 
+# %% ../../nbs/11_data.tiles.ipynb #62db4e27
 def _apply(t, x, y): # an affine on arrays
     x, y = np.asarray(x, float), np.asarray(y, float)
     return t.a*x + t.b*y + t.c, t.d*x + t.e*y + t.f
@@ -70,28 +71,37 @@ def _join(parent, a, b): # union-find
     a, b = sorted((root(a), root(b)))
     parent[b] = a
 
+# %% ../../nbs/11_data.tiles.ipynb #f7fae7b5
 def _roots(parent):
     for i in range(len(parent)): parent[i] = parent[parent[i]]      # parents come before their children
     return np.array(parent)
 
-# %% ../../nbs/11_data.tiles.ipynb #00000011
-def clusters(places:list, # of `Place`
-             reach # metres, one per place: two scenes closer than the mean of theirs are together
-            ) -> tuple: # (n,) first scene of each scene's cluster; (n,) bool: the cluster must not be cut
-    "Which scenes share ground, or say that they do"
-    ground, box = list(range(len(places))), np.full((len(places), 4), np.nan)
+# %% ../../nbs/11_data.tiles.ipynb #a933e566
+def _lonlat_boxes(places, reach): # (n, 4) west, south, east, north; nan without a CRS
+    box = np.full((len(places), 4), np.nan)
     for i, p in enumerate(places):
         if p.crs is None: continue
         lon, lat = p.lonlat(*(a.ravel() for a in np.meshgrid(np.linspace(0, p.width, 5), np.linspace(0, p.height, 5))))
         dy = reach[i]/2/110500
         dx = dy/max(np.cos(np.deg2rad(np.abs(lat).max())), 1e-3)
         box[i] = lon.min() - dx, lat.min() - dy, lon.max() + dx, lat.max() + dy
-    order = np.argsort(box[:, 0], kind='stable')[:int(np.isfinite(box[:, 0]).sum())]
+    return box
+
+# %% ../../nbs/11_data.tiles.ipynb #5c1ac974
+def _touching(box): # (n,) first of the boxes that each one is joined to
+    ground, order = list(range(len(box))), np.argsort(box[:, 0], kind='stable')[:int(np.isfinite(box[:, 0]).sum())]
     west = box[order, 0]
     for k, i in enumerate(order):
         near = order[k + 1:np.searchsorted(west, box[i, 2], 'right')]
         for j in near[(box[near, 1] <= box[i, 3]) & (box[near, 3] >= box[i, 1])]: _join(ground, i, j)
-    ground = _roots(ground)
+    return _roots(ground)
+
+# %% ../../nbs/11_data.tiles.ipynb #00000011
+def clusters(places:list, # of `Place`
+             reach # metres, one per place: two scenes closer than the mean of theirs are together
+            ) -> tuple: # (n,) first scene of each scene's cluster; (n,) bool: the cluster must not be cut
+    "Which scenes share ground, or say that they do"
+    ground = _touching(_lonlat_boxes(places, reach))
     both, first = ground.tolist(), {}
     for i, p in enumerate(places):
         if p.group is not None: _join(both, first.setdefault(p.group, i), i)
@@ -106,7 +116,8 @@ def assign_splits(weights, # (n,) tiles in each block
     "Give blocks to splits at random, close to the shares, no split empty while there are blocks enough"
     weights, fractions = np.asarray(weights, float), np.asarray(fractions, float)
     largest, wanted = int(fractions.argmax()), [s for s in np.argsort(fractions, kind='stable') if fractions[s] > 0]
-    out, left = np.full(len(weights), largest, np.int8), [i for i in np.random.default_rng(seed).permutation(len(weights)) if weights[i] > 0]
+    out, order = np.full(len(weights), largest, np.int8), np.random.default_rng(seed).permutation(len(weights))
+    left = [i for i in order if weights[i] > 0]
     for k, s in enumerate(wanted[:-1]):
         need, got, keep = fractions[s]*weights.sum()/fractions.sum(), 0, len(wanted) - 1 - k
         for i in list(left):
@@ -131,9 +142,11 @@ def tile_boxes(p:Place, # the scene
         c, r = (a.reshape(-1, 4) for a in _apply(~first.transform, x, y))
     return np.stack([c.min(1), r.min(1), c.max(1), r.max(1)], 1).astype(float)
 
+# %% ../../nbs/11_data.tiles.ipynb #eaecb73c
 _OFF = 1 << 19
 def _key(cluster, i, j): return (cluster.astype(np.int64) << 42) + ((i + _OFF) << 21) + j + _OFF
 
+# %% ../../nbs/11_data.tiles.ipynb #82883e34
 def _touched(boxes, side, cluster, grow=0.):
     "Keys of the blocks each box touches, one array per offset, with which tiles it applies to"
     side = side[:, None]
@@ -159,7 +172,7 @@ class Ground:
                  places:list, # of `Place`
                  grids:list, # of (n, 2) tile positions, one per place
                  tile:int, # anchor pixels
-                 block:float|None=None, # side of a block, m (pixels without a CRS), rounded to whole tiles; None: 32, 16, 8 or 4 tiles, see `choose`
+                 block:float|None=None, # side of a block, m (px without a CRS), rounded to whole tiles; None: 32, 16, 8 or 4 tiles
                  buffer:float|None=None # least distance between splits, m (pixels without a CRS); None: half a tile
                 ):
         self.tile, metres = tile, np.array([pixel_metres(p) for p in places])
@@ -185,12 +198,14 @@ def sides(self:Ground, k=None): # k tiles, or as asked -> (n,) side of each tile
     side = k*t if self.block is None else np.maximum(np.round(self.block/self.size/t), 1)*t
     return np.where(self.whole | (self.extent[self.cluster] < 2*side), np.inf, side)
 
+# %% ../../nbs/11_data.tiles.ipynb #f41a2849
 @patch
 def home(self:Ground, side): # (n,) key of the block that holds each tile's centre
     s = side[:, None]
     ij = np.where(np.isinf(s), 0, np.floor((self.boxes[:, :2] + self.boxes[:, 2:])/2/s)).astype(np.int64)
     return _key(self.cluster, ij[:, 0], ij[:, 1])
 
+# %% ../../nbs/11_data.tiles.ipynb #856e4f8e
 @patch
 def choose(self:Ground, enough=40): # the largest blocks of which there are enough
     if self.block is not None: return self.sides()
@@ -222,6 +237,7 @@ VERSION = 1
 _AGAIN = 'Copy the store again, or delete it and run build again.'
 CHUNK_BYTES = 1 << 24
 
+# %% ../../nbs/11_data.tiles.ipynb #17743315
 class TileFiles:
     "One array of the store, tile by tile"
     def __init__(self,
@@ -232,15 +248,16 @@ class TileFiles:
                  fill=0, # value of what is not written
                  most:int=64 # files kept open
                 ):
-        self.folder, self.shape, self.dtype, self.chunk, self.fill, self.most = str(folder), tuple(shape), np.dtype(dtype), chunk, fill, most
+        self.folder, self.shape, self.dtype = str(folder), tuple(shape), np.dtype(dtype)
+        self.chunk, self.fill, self.most = chunk, fill, most
         self.nbytes, self._open = math.prod(self.shape)*self.dtype.itemsize, {}
 
     def path(self, i): return f'{self.folder}/c.{i}' + '.0'*len(self.shape)
     def __getstate__(self): return {**self.__dict__, '_open': {}}
 
     def put(self, i, data): # tile `i` := array of this shape
-        fd = os.open(self.path(i//self.chunk), os.O_RDWR | os.O_CREAT, 0o644)
-        try: n = os.pwrite(fd, np.ascontiguousarray(data, self.dtype).reshape(-1).view(np.uint8), i%self.chunk*self.nbytes)
+        fd, raw = os.open(self.path(i//self.chunk), os.O_RDWR | os.O_CREAT, 0o644), np.ascontiguousarray(data, self.dtype)
+        try: n = os.pwrite(fd, raw.reshape(-1).view(np.uint8), i%self.chunk*self.nbytes)
         finally: os.close(fd)
         if n != self.nbytes: raise OSError(f'{self.path(i//self.chunk)}: only {n} of {self.nbytes} bytes written; is the disk full?')
 
@@ -248,7 +265,8 @@ class TileFiles:
 @patch
 def take(self:TileFiles, ids, out=None): # (B,) -> (B, *shape)
     "Tiles in the order of `ids`"
-    out, at = np.empty((len(ids), *self.shape), self.dtype) if out is None else out, [divmod(int(i), self.chunk) for i in ids]
+    if out is None: out = np.empty((len(ids), *self.shape), self.dtype)
+    at = [divmod(int(i), self.chunk) for i in ids]
     maps = [self._open.get(c) or self._map(c) for c, _ in at]
     if self.nbytes >= 1 << 14 and hasattr(mmap, 'MADV_WILLNEED'):
         for (m, _), (_, k) in zip(maps, at):
@@ -257,6 +275,7 @@ def take(self:TileFiles, ids, out=None): # (B,) -> (B, *shape)
     for o, (_, tiles), (_, k) in zip(out, maps, at): o[...] = tiles[k]
     return out
 
+# %% ../../nbs/11_data.tiles.ipynb #a102940d
 @patch
 def _map(self:TileFiles, c): # (memory map, its tiles) of file c
     try:
@@ -266,9 +285,11 @@ def _map(self:TileFiles, c): # (memory map, its tiles) of file c
             m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError: raise self._broken(c, 'is missing') from None
     if len(self._open) >= self.most: self._open.pop(next(iter(self._open)), None)
-    self._open[c] = m, np.frombuffer(m, self.dtype, count=self.chunk*math.prod(self.shape)).reshape(self.chunk, *self.shape)
+    tiles = np.frombuffer(m, self.dtype, count=self.chunk*math.prod(self.shape))
+    self._open[c] = m, tiles.reshape(self.chunk, *self.shape)
     return self._open[c]
 
+# %% ../../nbs/11_data.tiles.ipynb #ea73d770
 @patch
 def _broken(self:TileFiles, c, what): return DataError(f'this part of the store {what}', self.path(c), fix=_AGAIN)
 
@@ -286,6 +307,7 @@ def _write(path, text): # all of it or nothing
     with open(tmp, 'w', encoding='utf-8') as f: f.write(text); f.flush(); os.fsync(f.fileno())
     os.replace(tmp, path)
 
+# %% ../../nbs/11_data.tiles.ipynb #48bc21eb
 def _column(root, name, dim, values, attrs=None):
     "A one-dimensional array of numbers or text in one chunk; returns its metadata"
     values = np.asarray(values)
@@ -335,23 +357,30 @@ class Layout:
     targets:dict # name -> `TargetSpec`
     label:str|None=None # mask target that labels tiles
 
-    def arrays(self): # array name -> (shape of a tile, dtype, dimension names, fill value)
-        out, t = {}, self.tile
-        for k, m in self.modalities.items():
-            f, end = self.factors[k], '' if k == self.anchor else f'_{k}'
-            yx = ('y', 'x') if f == 1 else (f'y{end}', f'x{end}')
-            out[k] = (m.n_bands, t//f, t//f), self.dtypes[k], (f'band{end}', *yx), 0
-            out[f'valid_{k}'] = (t//f, t//f), 'bool', yx, True
-        for k, s in self.targets.items():
-            out[f'target_{k}'] = (t, t), 'uint8' if s.kind == 'mask' else 'float32', ('y', 'x'), 255 if s.kind == 'mask' else 'NaN'
-        return out
+# %% ../../nbs/11_data.tiles.ipynb #16df1c4d
+@patch
+def arrays(self:Layout): # array name -> (shape of a tile, dtype, dimension names, fill value)
+    out, t = {}, self.tile
+    for k, m in self.modalities.items():
+        f, end = self.factors[k], '' if k == self.anchor else f'_{k}'
+        yx = ('y', 'x') if f == 1 else (f'y{end}', f'x{end}')
+        out[k] = (m.n_bands, t//f, t//f), self.dtypes[k], (f'band{end}', *yx), 0
+        out[f'valid_{k}'] = (t//f, t//f), 'bool', yx, True
+    for k, s in self.targets.items():
+        dtype, fill = ('uint8', 255) if s.kind == 'mask' else ('float32', 'NaN')
+        out[f'target_{k}'] = (t, t), dtype, ('y', 'x'), fill
+    return out
 
-    def files(self, root, chunk, most=512): # the same as `TileFiles`, about `most` of them open
-        arrays = self.arrays()
-        return {k: TileFiles(Path(root)/k, s, d, chunk, f, max(1, most//len(arrays))) for k, (s, d, _, f) in arrays.items()}
+# %% ../../nbs/11_data.tiles.ipynb #168ebade
+@patch
+def files(self:Layout, root, chunk, most=512): # the same as `TileFiles`, about `most` of them open
+    arrays = self.arrays()
+    return {k: TileFiles(Path(root)/k, s, d, chunk, f, max(1, most//len(arrays))) for k, (s, d, _, f) in arrays.items()}
 
-    def pixel_bytes(self): # per anchor pixel, all arrays
-        return sum(math.prod(s)*np.dtype(d).itemsize for s, d, *_ in self.arrays().values())/self.tile**2
+# %% ../../nbs/11_data.tiles.ipynb #f4f71361
+@patch
+def pixel_bytes(self:Layout): # per anchor pixel, all arrays
+    return sum(math.prod(s)*np.dtype(d).itemsize for s, d, *_ in self.arrays().values())/self.tile**2
 
 # %% ../../nbs/11_data.tiles.ipynb #00000035
 def majority(mask:np.ndarray, # uint8, 255 = ignore
@@ -411,12 +440,13 @@ def look(self:Cutter, u:Unit): # -> [(tile, label, valid pixels of each modality
     for k, v in valid.items(): arrays[f'valid_{k}'] = v, L.factors[k]
     self.unit, self.kept = arrays, []
     for n, (r, c) in zip(u.tiles.tolist(), (u.rc - (row, col)).tolist()):
-        ok = [(t//f)**2 if whole[k] else int(np.count_nonzero(self.piece(f'valid_{k}', r, c))) for k, f in L.factors.items()]
+        ok = [(t//f)**2 if whole[k] else int(self.piece(f'valid_{k}', r, c).sum()) for k, f in L.factors.items()]
         if ok[list(L.factors).index(L.anchor)] < self.min_valid*t*t: continue
         label = majority(self.piece(f'target_{L.label}', r, c), len(L.targets[L.label].classes)) if L.label else -1
         self.kept.append((n, label, ok, r, c))
     return [k[:3] for k in self.kept]
 
+# %% ../../nbs/11_data.tiles.ipynb #40ce2633
 @patch
 def put(self:Cutter, slot:int): # write the tiles that `look` kept from `slot` on
     full = [(self.layout.tile//f)**2 for f in self.layout.factors.values()]
@@ -463,6 +493,7 @@ class Local:
     def ask(self, method, *args): return getattr(self.obj, method)(*args)
     def close(self): return self.obj and self.obj.close()
 
+# %% ../../nbs/11_data.tiles.ipynb #519dfba1
 def answer():
     "What a `Worker`'s process does until its pipe is closed"
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), 'wb')
@@ -482,51 +513,56 @@ def answer():
 # %% ../../nbs/11_data.tiles.ipynb #00000041
 class Stopped(Exception): "Another unit failed first"
 
+# %% ../../nbs/11_data.tiles.ipynb #56ef5db7
 class SceneFailed(Exception):
     "A scene cannot be read further; the others can"
     def __init__(self, scene, why): super().__init__(scene, why); self.scene, self.why = scene, why
 
 # %% ../../nbs/11_data.tiles.ipynb #00000042
+class _Turns:
+    "Places in the store, given out in the order of the units"
+    def __init__(self, slot): self.next, self.slot, self.stopped, self.cond = 0, slot, False, threading.Condition()
+
+    def take(self, k, n): # wait for the units before number k, then take n places
+        with self.cond:
+            self.cond.wait_for(lambda: self.stopped or self.next == k)
+            if self.stopped: raise Stopped
+            at, self.next, self.slot = self.slot, k + 1, self.slot + n
+            self.cond.notify_all()
+        return at
+
+    def fail(self, k): # let the units before number k have their turn, stop those after it
+        with self.cond:
+            self.cond.wait_for(lambda: self.stopped or self.next >= k)
+            self.stopped = True
+            self.cond.notify_all()
+
+# %% ../../nbs/11_data.tiles.ipynb #0eca19f6
 def cut(units:list, # of `Unit`
         crew:list, # `Worker`s, or one `Local`, around a `Cutter`
         slot:int=0 # place of the first tile
        ): # yields (unit, kept tiles) in order; the first failing unit raises, those before it are complete
     "Look at units in parallel, write what is kept in order"
-    state, cond, free = dict(next=0, slot=slot, stop=False), threading.Condition(), queue.SimpleQueue()
+    turns, free = _Turns(slot), queue.SimpleQueue()
     for h in crew: free.put(h)
-
-    def turn(k, n): # wait for the units before this one, then take n places
-        with cond:
-            cond.wait_for(lambda: state['stop'] or state['next'] == k)
-            if state['stop']: raise Stopped
-            at = state['slot']
-            state.update(next=k + 1, slot=at + n)
-            cond.notify_all()
-        return at
-
-    def fail(k): # let the units before this one have their turn, stop those after it
-        with cond:
-            cond.wait_for(lambda: state['stop'] or state['next'] >= k)
-            state['stop'] = True
-            cond.notify_all()
 
     def one(k):
         h = free.get()
         try:
-            if state['stop']: raise Stopped
+            if turns.stopped: raise Stopped
             try: kept = h.ask('look', units[k])
             except (DataError, rasterio.errors.RasterioError) as e: raise SceneFailed(units[k].scene, str(e)) from None
-            h.ask('put', turn(k, len(kept)))
+            h.ask('put', turns.take(k, len(kept)))
             return units[k], kept
         except Stopped: raise
-        except BaseException: fail(k); raise
+        except BaseException: turns.fail(k); raise
         finally: free.put(h)
 
     if len(crew) == 1: yield from map(one, range(len(units)))
     else:
         with ThreadPoolExecutor(len(crew)) as pool:
             try: yield from pool.map(one, range(len(units)))
-            finally: fail(-1)
+            finally: turns.fail(-1)
 
 # %% ../../nbs/11_data.tiles.ipynb #00000047
 class Journal:
@@ -535,37 +571,49 @@ class Journal:
                  path, # of the file
                  head:dict # what is being built; a journal of something else is refused
                 ):
-        self.path, head, lines = Path(path), json.loads(json.dumps(head)), []
-        if self.path.exists():
-            for raw in self.path.read_bytes().split(b'\n')[:-1]:       # a line cut short by a kill has no end
-                try: lines.append(json.loads(raw))
-                except ValueError: break
-        if lines and lines[0] != head:
-            what = ', '.join(k for k in head if lines[0].get(k) != head[k])
-            raise DataError(f'this folder holds an unfinished build with other settings or inputs ({what})', self.path.parent,
-                            fix='Delete it, or build into another folder.')
+        self.path, head = Path(path), json.loads(json.dumps(head))
+        lines = self._past(head)
         self.entries, self.failed, self.weights = [], {}, None
         for d in lines[1:]: self._take(d)
         _write(self.path, ''.join(json.dumps(d) + '\n' for d in [head, *lines[1:]]))
         self.file = open(self.path, 'a', encoding='utf-8')
 
-    def _take(self, d):
-        if 'failed' in d:
-            self.failed[d['failed']] = d['why']
-            self.entries = [e for e in self.entries if e['scene'] != d['failed']]
-        elif 'weights' in d: self.weights, self.entries = d['weights'], []
-        else: self.entries.append(d)
-
-    def add(self, **d):
-        self._take(d)
-        self.file.write(json.dumps(d) + '\n'); self.file.flush()
-
     def kept(self): return [k for e in self.entries for k in e['kept']]
     def close(self): self.file.close()
+
+# %% ../../nbs/11_data.tiles.ipynb #b7d0ebe3
+@patch
+def _past(self:Journal, head): # complete lines of an earlier run with the same head
+    lines = []
+    if self.path.exists():
+        for raw in self.path.read_bytes().split(b'\n')[:-1]:       # a line cut short by a kill has no end
+            try: lines.append(json.loads(raw))
+            except ValueError: break
+    if lines and lines[0] != head:
+        what = ', '.join(k for k in head if lines[0].get(k) != head[k])
+        raise DataError(f'this folder holds an unfinished build with other settings or inputs ({what})', self.path.parent,
+                        fix='Delete it, or build into another folder.')
+    return lines
+
+# %% ../../nbs/11_data.tiles.ipynb #6e494eb3
+@patch
+def _take(self:Journal, d): # what a line means
+    if 'failed' in d:
+        self.failed[d['failed']] = d['why']
+        self.entries = [e for e in self.entries if e['scene'] != d['failed']]
+    elif 'weights' in d: self.weights, self.entries = d['weights'], []
+    else: self.entries.append(d)
+
+# %% ../../nbs/11_data.tiles.ipynb #f2dfb86d
+@patch
+def add(self:Journal, **d): # a line, on its way to the disk at once
+    self._take(d)
+    self.file.write(json.dumps(d) + '\n'); self.file.flush()
 
 # %% ../../nbs/11_data.tiles.ipynb #0000004a
 PERCENTILES = dict(p01=.01, p02=.02, p50=.5, p98=.98, p99=.99)
 
+# %% ../../nbs/11_data.tiles.ipynb #70e09835
 class BandCount:
     "Statistics of one band of 8 or 16 bit numbers, from the counts of every value"
     def __init__(self, dtype):
@@ -582,7 +630,8 @@ class BandCount:
         if not n: return None
         w, at = self.count[v - self.low]/n, np.cumsum(self.count[v - self.low])
         mean = float((v*w).sum())
-        return dict(n=n, mean=mean, std=float(np.sqrt((w*(v - mean)**2).sum())), quantile=lambda p: float(v[np.searchsorted(at, p*n - 1e-9)]))
+        std = float(np.sqrt((w*(v - mean)**2).sum()))
+        return dict(n=n, mean=mean, std=std, quantile=lambda p: float(v[np.searchsorted(at, p*n - 1e-9)]))
 
 # %% ../../nbs/11_data.tiles.ipynb #0000004b
 class BandMoments:
@@ -608,6 +657,7 @@ class BandMoments:
         at = lambda p: float(np.quantile(v, p, method='inverted_cdf'))
         return dict(n=self.n, mean=float(self.mean), std=float(np.sqrt(self.m2/self.n)), quantile=at)
 
+# %% ../../nbs/11_data.tiles.ipynb #5ec0f52e
 def band_counter(dtype, step=1):
     d = np.dtype(dtype)
     return BandCount(d) if d.kind in 'iu' and d.itemsize < 3 else BandMoments(d, step)
@@ -632,6 +682,14 @@ def count(self:Cutter, name, ids, full, thin, step): # the bands of some tiles o
         for b, band in enumerate(out): band.add(few[b][ok[:, ::thin, ::thin]])
     return out, lo, hi
 
+# %% ../../nbs/11_data.tiles.ipynb #87a3d320
+def _thinning(side, n, most): # every how many rows and columns are counted, every how many values kept for percentiles
+    thin = min(side, math.ceil(math.sqrt(max(1, n*side**2/most))))
+    row = -(-side//thin)
+    step = max(1, n*row*row//(1 << 20))
+    while step > 1 and math.gcd(step, row) > 1: step += 1           # not always the same columns
+    return thin, step
+
 # %% ../../nbs/11_data.tiles.ipynb #0000004f
 def statistics(layout:Layout, # of the store
                crew:list, # of `Cutter`
@@ -643,10 +701,7 @@ def statistics(layout:Layout, # of the store
     out = {}
     for name, m in layout.modalities.items():
         side = layout.tile//layout.factors[name]
-        thin = min(side, math.ceil(math.sqrt(max(1, len(ids)*side**2/most))))
-        row = -(-side//thin)
-        step = max(1, len(ids)*row*row//(1 << 20))
-        while step > 1 and math.gcd(step, row) > 1: step += 1           # not always the same columns
+        thin, step = _thinning(side, len(ids), most)
         parts, free = [slice(k, k + 256) for k in range(0, len(ids), 256)], queue.SimpleQueue()
         for h in crew: free.put(h)
         def one(part):
@@ -679,6 +734,7 @@ def physical_stats(results, lo, hi, m): # stored -> physical units, one list per
 SPLITS = ('train', 'val', 'test')
 _RESERVED = ('tile', 'scene', 'split', 'row', 'col', 'label', 'band', 'y', 'x')
 
+# %% ../../nbs/11_data.tiles.ipynb #a763e1be
 @dataclasses.dataclass
 class Plan:
     "What is to be cut"
@@ -695,6 +751,7 @@ def _signature(scenes): # what a re-run must find unchanged
     stat = lambda p: (os.path.getsize(p), os.stat(p).st_mtime_ns) if os.path.isfile(p) else ()
     return sha256(repr([(f, *stat(f)) for f in files]).encode() + repr(scenes.scenes).encode()).hexdigest()[:16]
 
+# %% ../../nbs/11_data.tiles.ipynb #557cd439
 def _check_sizes(scenes, factors, tile, stride):
     for k in scenes.modalities:
         if k in _RESERVED or '/' in k or k.startswith(('valid_', 'target_', 'band_', 'y_', 'x_')):
@@ -707,6 +764,14 @@ def _check_sizes(scenes, factors, tile, stride):
             raise DataError(f'{what} = {n} anchor pixels is no multiple of {f} (anchor pixels per pixel: {why})', scenes.path,
                             fix=f"Write {what}={' or '.join(map(str, near))}.")
 
+# %% ../../nbs/11_data.tiles.ipynb #62424036
+def _same_dtypes(reader, scene, dtypes, origin): # note the dtype of every modality; all scenes must agree
+    for k, d in reader.dtypes.items():
+        if dtypes.setdefault(k, str(d)) != str(d):
+            raise DataError(f"modality '{k}' is {d} here but {dtypes[k]} in scene '{origin[k]}'", scene.rasters[k][0].path,
+                            fix='Convert the file, or write dtype: float32 at the modality.')
+        origin.setdefault(k, scene.name)
+
 # %% ../../nbs/11_data.tiles.ipynb #00000056
 def make_plan(scenes:Scenes, # as `load_scenes` gives them
               tile:int, # anchor pixels
@@ -716,16 +781,12 @@ def make_plan(scenes:Scenes, # as `load_scenes` gives them
     "Open every scene once"
     factors = grid_factors(scenes)
     _check_sizes(scenes, factors, tile, stride)
-    plan = Plan(scenes, Layout(tile, scenes.anchor, dict(scenes.modalities), factors, {}, dict(scenes.targets), scenes.tile_label), {}, {}, {}, {})
-    dtypes, origin = plan.layout.dtypes, {}
+    layout = Layout(tile, scenes.anchor, dict(scenes.modalities), factors, {}, dict(scenes.targets), scenes.tile_label)
+    plan, dtypes, origin = Plan(scenes, layout, {}, {}, {}, {}), layout.dtypes, {}
     for i, s in enumerate(tqdm(scenes.scenes, desc='opening scenes', disable=not progress, leave=False)):
         try:
             with scenes.open(i) as r:
-                for k, d in r.dtypes.items():
-                    if dtypes.setdefault(k, str(d)) != str(d):
-                        raise DataError(f"modality '{k}' is {d} here but {dtypes[k]} in scene '{origin[k]}'", s.rasters[k][0].path,
-                                        fix='Convert the file, or write dtype: float32 at the modality.')
-                    origin.setdefault(k, s.name)
+                _same_dtypes(r, s, dtypes, origin)
                 plan.places[i] = Place(s.name, r.height, r.width, r.transform, r.crs, s.group)
                 plan.blocks[i] = _file_block(r, scenes.anchor, factors)
         except (DataError, OSError, rasterio.RasterioIOError) as e: plan.failed[i] = str(e); continue
@@ -765,7 +826,7 @@ def build_store(scenes, # `Scenes`, or path of their YAML file
                 stride:int|None=None, # from one tile to the next, anchor pixels; None: `tile`
                 min_valid:float=.5, # least share of valid anchor pixels; other modalities may be missing
                 splits=(.8, .1, .1), # shares of train, val, test
-                block:float|None=None, # side of the blocks that are dealt to the splits, m (pixels without CRS); None: 32, 16, 8 or 4 tiles
+                block:float|None=None, # side of the blocks dealt to the splits, m (px without CRS); None: 32, 16, 8 or 4 tiles
                 buffer:float|None=None, # least ground distance between splits, m (pixels without CRS); None: half a tile
                 workers:int=1, # processes that read and write
                 seed:int=0, # which blocks go to which split
@@ -843,6 +904,7 @@ def _lopsided(dealt, kept, fractions):
     wanted = [s for s, f in enumerate(fractions) if f > 0]
     return set(dealt.split[ids]) < set(wanted) and len(set(dealt.block[ids])) >= len(wanted)
 
+# %% ../../nbs/11_data.tiles.ipynb #bb401a75
 def _nothing(out, plan, journal):
     n = sum(map(len, plan.grids.values()))
     t = plan.layout.tile
@@ -883,6 +945,7 @@ def _outlines(plan, scene, rc):
         out[at] = plan.places[i].lonlat(c.ravel(), r.ravel()).T.reshape(-1, 5, 2)
     return out
 
+# %% ../../nbs/11_data.tiles.ipynb #e764ba04
 def _geojson(path, index, outlines):
     "The index with the outline of every tile, WGS84, one feature per line"
     names = [c for c in index if not c.startswith('full_')]
@@ -958,8 +1021,9 @@ def make_report(plan, ground, dealt, journal, index, asked) -> dict:
         at, failed = scene == i, i in journal.failed
         row = plan.grids[i]
         seen = 0. if not len(row) else _covered(row[:, 0], t)*_covered(row[:, 1], t)/(p.height*p.width)
-        rows.append(dict(scene=p.name, candidates=int(at.sum()), tiles=int(kept[at].sum()), buffer=0 if failed else int((dealt.split[at] < 0).sum()),
-                         few_valid=0 if failed else int((~kept[at] & (dealt.split[at] >= 0)).sum()), too_small=not len(row), edge=round(1 - seen, 4),
+        out, few = int((dealt.split[at] < 0).sum()), int((~kept[at] & (dealt.split[at] >= 0)).sum())
+        rows.append(dict(scene=p.name, candidates=int(at.sum()), tiles=int(kept[at].sum()), buffer=0 if failed else out,
+                         few_valid=0 if failed else few, too_small=not len(row), edge=round(1 - seen, 4),
                          georeferenced=p.crs is not None))
     side = dealt.side[np.isfinite(dealt.side)]*ground.size[np.isfinite(dealt.side)]
     missing = {k: int((index[f'valid_{k}'] == 0).sum()) for k in plan.layout.modalities}
@@ -975,6 +1039,7 @@ def _covered(starts, t): # length of the union of [s, s + t)
     s = np.unique(starts)
     return float(np.minimum(np.diff(s, append=s[-1] + t), t).sum())
 
+# %% ../../nbs/11_data.tiles.ipynb #988c84bb
 def report_text(r:dict # from `make_report`
                ) -> str:
     "The report for people"
@@ -1012,11 +1077,13 @@ class TileStore:
                 ):
         self.path = Path(path)
         d = self._about()
-        self.about, self.anchor, self.classes, self._n, self.seed = d, d['anchor'], d['classes'], d['tiles'], d['seed']
+        self.about, self.anchor, self.classes = d, d['anchor'], d['classes']
+        self._n, self.seed = d['tiles'], d['seed']
         self.modalities = {k: Modality.from_dict(m) for k, m in d['modalities'].items()}
         self.targets = {k: TargetSpec(**t) for k, t in d['targets'].items()}
         self.tile_size = {k: tuple(v) for k, v in d['tile_size'].items()}
-        self.layout = Layout(d['tile'], d['anchor'], self.modalities, d['factors'], d['dtypes'], self.targets, d['tile_label'])
+        self.layout = Layout(d['tile'], d['anchor'], self.modalities, d['factors'], d['dtypes'],
+                             self.targets, d['tile_label'])
         self._files = self.layout.files(self.path, d['chunk'])
         self._index = self._stats = self._report = None
         if check: self._check_files()
@@ -1024,10 +1091,14 @@ class TileStore:
         self._full = {k: self._column(f'full_{k}', bool) for k in self.modalities}
 
     def __len__(self): return self._n
-    def __repr__(self):
-        what = (f"{k} {m.n_bands}x{'x'.join(map(str, self.tile_size[k]))} {self.layout.dtypes[k]}" for k, m in self.modalities.items())
-        return f"TileStore('{self.path.name}', {self._n} tiles, {', '.join(what)})"
     def __getstate__(self): return {**self.__dict__, '_index': None, '_report': None}
+
+# %% ../../nbs/11_data.tiles.ipynb #cd64c708
+@patch
+def __repr__(self:TileStore):
+    size = {k: f"{m.n_bands}x{'x'.join(map(str, self.tile_size[k]))}" for k, m in self.modalities.items()}
+    what = ', '.join(f'{k} {s} {self.layout.dtypes[k]}' for k, s in size.items())
+    return f"TileStore('{self.path.name}', {self._n} tiles, {what})"
 
 # %% ../../nbs/11_data.tiles.ipynb #0000006e
 @patch
@@ -1044,11 +1115,13 @@ def _about(self:TileStore):
                         fix='Build it again, or install the package that wrote it.')
     return d
 
+# %% ../../nbs/11_data.tiles.ipynb #982754e0
 @patch
 def _json(self:TileStore, name):
     try: return json.loads((self.path/name).read_text())
     except (OSError, ValueError): raise DataError('this part of the store is missing or cut short', self.path/name, fix=_AGAIN) from None
 
+# %% ../../nbs/11_data.tiles.ipynb #b0dc4ad8
 @patch
 def _column(self:TileStore, name, dtype):
     p = self.path/name/'c.0'
@@ -1056,6 +1129,7 @@ def _column(self:TileStore, name, dtype):
     if len(a) != self._n: raise DataError(f'this part of the store holds {len(a)} of {self._n} entries', p, fix=_AGAIN)
     return a
 
+# %% ../../nbs/11_data.tiles.ipynb #7c27f523
 @patch
 def _check_files(self:TileStore):
     some = self.about['validity_files']
@@ -1073,6 +1147,7 @@ def _ids(self:TileStore, ids):
         raise IndexError(f'tile ids must be whole numbers from 0 to {self._n - 1}')
     return ids.astype(np.int64, copy=False)
 
+# %% ../../nbs/11_data.tiles.ipynb #26e559c0
 @patch
 def read(self:TileStore,
          ids, # (B,) tile ids, any order, repeats allowed
@@ -1089,6 +1164,7 @@ def read(self:TileStore,
     return dict(images={k: self._files[k].take(ids) for k in self.modalities}, valid=valid,
                 targets={k: self._files[f'target_{k}'].take(ids) for k in (self.targets if targets else ())}, label=self._label[ids])
 
+# %% ../../nbs/11_data.tiles.ipynb #a8811575
 @patch
 def split(self:TileStore,
           name:str|None=None # 'train', 'val', 'test'; None: all
@@ -1105,23 +1181,27 @@ def to_xarray(self:TileStore): # -> `xarray.Dataset`, read on demand
     import xarray
     return xarray.open_zarr(self.path, consolidated=True)
 
+# %% ../../nbs/11_data.tiles.ipynb #3ce1f2b9
 @patch(as_prop=True)
 def index(self:TileStore): # table: tile, scene, group, row, col, split, label, valid_<modality>, full_<modality>
     if self._index is None:
         import pandas as pd
         p = self.path/'index.csv'
-        try: d, raw = pd.read_csv(p, dtype=dict(scene=str, group=str, split=str), keep_default_na=False), p.read_bytes()[-1:]
+        text = dict(scene=str, group=str, split=str)
+        try: d, raw = pd.read_csv(p, dtype=text, keep_default_na=False), p.read_bytes()[-1:]
         except (OSError, ValueError): d, raw = (), b''
         if len(d) != self._n or raw != b'\n':
             raise DataError(f'the index is cut short or missing: {len(d)} of {self._n} tiles', p, fix=_AGAIN)
         self._index = d
     return self._index
 
+# %% ../../nbs/11_data.tiles.ipynb #8af1ba3b
 @patch(as_prop=True)
 def stats(self:TileStore): # modality -> mean, std, min, max, p01, p02, p50, p98, p99: lists, physical units, train split
     if self._stats is None: self._stats = self._json('stats.json')
     return self._stats
 
+# %% ../../nbs/11_data.tiles.ipynb #b74ba2ce
 @patch(as_prop=True)
 def report(self:TileStore): # what is in the store and what was left out, see report.md
     if self._report is None: self._report = self._json('report.json')
@@ -1137,7 +1217,8 @@ def show(self:TileStore,
     from rs_selfsup.show import show_modalities
     import matplotlib.pyplot as plt
     ids = np.linspace(0, len(self) - 1, min(n, len(self))).astype(int) if ids is None else np.atleast_1d(ids)
-    axs = plt.subplots(len(ids), len(self.modalities), figsize=(1.7*len(self.modalities), 2*len(ids)), dpi=72, layout='constrained', squeeze=False)[1]
+    n = len(self.modalities)
+    axs = plt.subplots(len(ids), n, figsize=(1.7*n, 2*len(ids)), dpi=72, layout='constrained', squeeze=False)[1]
     for i, row in zip(ids, axs):
         b = self.read([i], targets=False)
         col = lambda v: np.array(v, np.float32)[:, None, None]
@@ -1150,6 +1231,7 @@ def show(self:TileStore,
 # %% ../../nbs/11_data.tiles.ipynb #00000073
 SPLIT_COLORS = dict(train='#4477aa', val='#ee7733', test='#009988')
 
+# %% ../../nbs/11_data.tiles.ipynb #dd0abacf
 @patch
 def show_splits(self:TileStore,
                 scene:str|None=None, # only this one; None: all
@@ -1171,7 +1253,8 @@ def show_splits(self:TileStore,
         x = np.array([o['properties']['col'] + step*names.setdefault(o['properties']['scene'], len(names)) for o in f])
         y = np.array([-o['properties']['row'] for o in f])
         xy, unit = np.stack([np.stack([x, x + t, x + t, x], 1), np.stack([y, y, y - t, y - t], 1)], -1), 'anchor pixels'
-    ax.add_collection(PolyCollection(xy[:, :4], facecolors=[SPLIT_COLORS[o['properties']['split']] for o in f], edgecolors='white', linewidths=.3))
+    colors = [SPLIT_COLORS[o['properties']['split']] for o in f]
+    ax.add_collection(PolyCollection(xy[:, :4], facecolors=colors, edgecolors='white', linewidths=.3))
     for k, n in self.report['splits'].items(): ax.plot([], [], 's', color=SPLIT_COLORS[k], label=f'{k} {n}')
     ax.set(xlabel=unit, aspect='equal'); ax.autoscale_view(); ax.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1), frameon=False)
     return ax
