@@ -109,7 +109,7 @@ def mlp(
     for i, (a, b) in enumerate(zip(dims, dims[1:])):
         last = i == len(dims) - 2
         n = make if not last or last_norm else None
-        layers += [nn.Linear(a, b, bias=n is None)] + [n(b)]*(n is not None) + [act()]*(not last)
+        layers += [nn.Linear(a, b, bias=n is None)] + ([n(b)] if n else []) + [act()]*(not last)
     return nn.Sequential(*layers)
 
 class PrototypeHead(nn.Module):
