@@ -101,13 +101,14 @@ def view_size(
     encoder,                 # `MultiModalViT` or `Backbone`
     mod:str,                 # the sensor
     side:float,              # wanted, px of this sensor
+    tile:int,                # side of the tile, px of this sensor: a view is no larger
     what:str='view',         # for the message
 ) -> int:                    # px
     "The side of a view in whole tokens"
     p = encoder.patch_size[mod] if isinstance(encoder, MultiModalViT) else 1
     if side < p:
         raise DataError(f'a {what} of {side:.3g} px of {mod} is smaller than its patch of {p} px', fix='Use larger tiles or views, or n_local=0.')
-    return round(side/p)*p
+    return min(round(side/p), max(1, tile//p))*p
 
 # %% ../../nbs/53_methods.xstars.ipynb #0000001a
 WEIGHTS = dict(dino=1., msad=.1, koleo=0.)
@@ -265,9 +266,9 @@ def views(self:XSTARS,
         one, size, small = Batch(Normalized({m: x}), {m: v}, key=k, full=valid is None), *self._sizes(m, min(x.shape[-2:]), finest)
         out[m] = multi_crop(one, size, self.n_local, small, self.area, self.local_area)
         for i, view in enumerate(out[m]):
-            relight(view, self.normalize, k, i, **self.light)
             sigma = tuple(s*view.images[m].shape[-1]/224 for s in (.1, 2.))
-            blur(view, k, i, sigma, self.blur_p[min(i, 2)], modalities=self.normalize.modalities)
+            view = relight(view, self.normalize, k, i, **self.light)
+            out[m][i] = blur(view, k, i, sigma, self.blur_p[min(i, 2)], modalities=self.normalize.modalities)
     return out
 
 @patch
@@ -275,7 +276,7 @@ def _sizes(self:XSTARS, m, side, finest):
     "Sides of a sensor's global and local views, px"
     size = self.size or finest
     big, small = (s*side/finest for s in (size, self.local_size or size*3/7))
-    return view_size(self.encoder, m, big, 'view'), view_size(self.encoder, m, small, 'local view') if self.n_local else None
+    return view_size(self.encoder, m, big, side, 'view'), view_size(self.encoder, m, small, side, 'local view') if self.n_local else None
 
 # %% ../../nbs/53_methods.xstars.ipynb #00000028
 @patch
@@ -390,6 +391,8 @@ def _check(self:XSTARS, batch):
     gone = [m for m in self.needed if m not in batch.images]
     if gone: raise DataError(f'the batch has no {", ".join(gone)}', fix=f'It has {list(batch.images)}: name those you want by `sensors`.')
     check_ground({m: tuple(batch.images[m].shape[-2:]) for m in self.needed}, self.normalize.modalities)
+    if batch.key is None and (self.weights['dino'] or self.weights['koleo']):
+        raise DataError('a batch without keys cannot be cropped at random', fix='Take it from `dataloaders`, or set key=randomness.keys(...).')
     n, w = len(batch), world() if self.gather else 1
     if self.weights['msad'] and self.negatives == 'batch@position': check_batch(n, 'MSAD compares a place with the same place of other images', w)
     if self.weights['koleo']: check_batch(n, 'KoLeo measures the distance to the nearest other image', w)
