@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from ..backbones import create_encoder
+from ..backbones import Backbone
 from ..data.augment import Batch, Normalized, grid_factors
 from ..data.loading import eval_loader
 from ..data.tiles import TileStore
@@ -105,7 +105,7 @@ def view_size(
     what:str='view',         # for the message
 ) -> int:                    # px
     "The side of a view in whole tokens"
-    p = encoder.patch_size[mod] if isinstance(encoder, MultiModalViT) else 1
+    p = encoder.patch_size[mod]
     if side < p:
         raise DataError(f'a {what} of {side:.3g} px of {mod} is smaller than its patch of {p} px', fix='Use larger tiles or views, or n_local=0.')
     return min(round(side/p), max(1, tile//p))*p
@@ -230,9 +230,11 @@ def train(self:XSTARS, mode:bool=True):
 def check_bands(known:dict, given:dict, m:str):
     "Raise unless a frozen encoder knows a sensor of the store, band by band"
     if m not in known: raise DataError(f'the frozen encoder does not know {m!r}', fix=f'It knows {list(known)}: name them by anchor_sensors.')
-    if m not in given: raise DataError(f'the frozen encoder wants {m!r}, the store has {list(given)}', fix='Leave it out of anchor_sensors, or build a store with it.')
+    if m not in given:
+        raise DataError(f'the frozen encoder wants {m!r}, the store has {list(given)}', fix='Leave it out of anchor_sensors, or build a store with it.')
     new = [b for b in given[m].band_names if b not in known[m].band_names]
-    if new: raise DataError(f'the frozen encoder does not know this band of {m}', band=', '.join(new), fix=f'It knows {known[m].band_names}.')
+    if new:
+        raise DataError(f'the frozen encoder does not know this band of {m}', band=', '.join(new), fix=f'It knows {known[m].band_names}.')
     if given[m].band_names != known[m].band_names:
         raise DataError(f'{m} has bands {given[m].band_names}, the frozen encoder wants {known[m].band_names}', fix='Select and order the bands so.')
 
@@ -245,7 +247,8 @@ def restate(
 ) -> tuple:                  # gain, bias (1, C, 1, 1): z*gain + bias
     "From z-scores of one set of statistics to those of another"
     if minus_tile_mean != (m in normalize.relief):
-        raise DataError(f'{m} is a height above the tile for one of the two, and an elevation for the other', fix='Use the `relief` the encoder was trained with.')
+        raise DataError(f'{m} is a height above the tile for one of the two, and an elevation for the other',
+                        fix='Use the `relief` the encoder was trained with.')
     old = {k: normalize.const(m, k, torch.empty(0)) for k in ('mean', 'std')}
     mean, std = (torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in (mean, std))
     return old['std']/std, (old['mean'] - mean)/std
@@ -412,8 +415,10 @@ def start_from(
         if not sensors: raise DataError('the checkpoint does not say which sensor it knows', path, fix=f'Name it by anchor_sensors, one of {list(modalities)}.')
         for m in sensors: _check_rgb(modalities, m, path)
         known = {m: modalities[m] for m in sensors}
-        px = max(1, round(encoder.token_size_m/known[sensors[0]].gsd))
-        old = MultiModalViT(encoder.name, known, sensors[0], patch_size=px, shared_stem=encoder.shared_stem, **encoder.timm_kw)
+        if isinstance(encoder, Backbone): old = Backbone(encoder.name, known, sensors[0], **encoder.timm_kw)
+        else:
+            px = max(1, round(encoder.token_size_m/known[sensors[0]].gsd))
+            old = MultiModalViT(encoder.name, known, sensors[0], patch_size=px, shared_stem=encoder.shared_stem, **encoder.timm_kw)
         export.init_encoder(old, path)
     export.init_encoder(encoder, path)
     return old
@@ -427,7 +432,9 @@ def _check_rgb(modalities, m, path):
     "Raise unless weights for red, green and blue know all bands of a sensor"
     if m not in modalities: raise DataError(f'the store has no {m!r}', path, fix=f'It has {list(modalities)}.')
     new = [b.name for b in modalities[m].bands if band_colour(b) is None]
-    if new: raise DataError(f'the checkpoint knows red, green and blue, not this band of {m}', path, ', '.join(new), fix='Name an RGB sensor by anchor_sensors, or start from an encoder of yours.')
+    if new:
+        raise DataError(f'the checkpoint knows red, green and blue, not this band of {m}', path, ', '.join(new),
+                        fix='Name an RGB sensor by anchor_sensors, or start from an encoder of yours.')
 
 # %% ../../nbs/53_methods.xstars.ipynb #00000043
 @patch
@@ -489,6 +496,7 @@ def cross_sensor_retrieval(
     bs:int=64,               # tiles at a time, of a store
 ) -> dict:                   # recall@1 of features, centred, msad; n; chance
     "How often the nearest tile in another sensor is the same place"
+    if a == b: raise DataError(f'{a} is looked for in {b}: the same sensor', fix='Name two.')
     method, was = isinstance(model, XSTARS), model.training
     see = model.look_at if method else lambda m, x, v: look(model, x, m, v)
     device = next(model.parameters()).device
