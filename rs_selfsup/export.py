@@ -21,7 +21,7 @@ from .modalities import DataError, Modality
 FORMAT = 1
 
 def timm_settings(
-    encoder:MultiModalViT,
+    encoder:MultiModalViT,   # to be exported
     modality:str,            # whose stem becomes the patch embedding
     size:tuple,              # (H, W) px of the images
 ) -> dict:
@@ -29,6 +29,7 @@ def timm_settings(
     return dict(img_size=tuple(size), patch_size=encoder.patch_size[modality],
                 in_chans=encoder.stem(modality).proj.in_channels, num_classes=0, **encoder.timm_kw)
 
+# %% ../nbs/63_export.ipynb #3380e7b6
 def _plain(o): return o.tolist() if hasattr(o, 'tolist') else list(o) if isinstance(o, (tuple, set)) else vars(o)
 
 def _recipe(normalize, m) -> dict:
@@ -90,8 +91,9 @@ class LoadReport:
         some = lambda names: f'{len(names)}' + (f' ({", ".join(names[:3])}{", ..." if len(names) > 3 else ""})' if names else '')
         return f'{self.share:.0%} matched: {len(self.matched)} matched, missing {some(self.missing)}, unexpected {some(self.unexpected)}'
 
+# %% ../nbs/63_export.ipynb #db271f0d
 def compare(
-    model:nn.Module,
+    model:nn.Module,         # that would be loaded
     state:dict,              # name -> tensor
     ignore:tuple=(),         # name beginnings of the model that the file need not have
 ) -> LoadReport:
@@ -100,8 +102,9 @@ def compare(
     fits = [k for k, s in have.items() if k in state and state[k].shape == s]
     return LoadReport(fits, [k for k in have if k not in fits and not k.startswith(ignore)], [k for k in state if k not in fits])
 
+# %% ../nbs/63_export.ipynb #1c5c627e
 def load_weights(
-    model:nn.Module,
+    model:nn.Module,         # gets what matches
     state:dict,              # name -> tensor
     min_share:float=.95,     # fail when less of the model's names is matched
     file=None,               # for the message
@@ -129,15 +132,22 @@ def _raw_header(path:Path) -> dict:
         f.seek(8)
         text = f.read(n)
     if len(text) < n: raise DataError(f'cut short: {size} bytes', path, fix='Fetch or write it again.')
+    return _parsed(text, path, size)
+
+def _parsed(text, path, size) -> dict:
+    "The header's JSON, when the file is as long as it says."
     try:
         header = json.loads(text)
-        end = 8 + n + max((v['data_offsets'][1] for k, v in header.items() if k != '__metadata__'), default=0)
+        end = 8 + len(text) + max((v['data_offsets'][1] for k, v in header.items() if k != '__metadata__'), default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         raise DataError('not a safetensors file: its header makes no sense', path, fix='Pass a file written by export_encoder or timm.') from None
     if end != size: raise DataError(f'{"cut short" if size < end else "too long"}: {size} bytes of {end}', path, fix='Fetch or write it again.')
     return header
 
-def read_state(path) -> dict:
+# %% ../nbs/63_export.ipynb #523cf767
+def read_state(
+    path,                    # any safetensors file
+) -> dict:                   # name -> tensor
     "All tensors of a safetensors file, checked."
     _raw_header(Path(path))
     return load_file(path)
@@ -171,6 +181,7 @@ def load_encoder(
     enc.stats, enc.config, enc.recipe = h['stats'], h['config'], h.get('normalize')
     return enc.eval()
 
+# %% ../nbs/63_export.ipynb #ce75d7bd
 def create_timm(
     path,                    # a file written by `export_encoder`
     modality:str|None=None,  # None = the file's own (its anchor, when it holds all)
