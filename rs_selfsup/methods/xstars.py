@@ -510,6 +510,7 @@ def cross_sensor_retrieval(
     if p: out['msad'] = recall_at_1(*p)
     return {**out, 'n': len(x), 'chance': 1/len(x)}
 
+# %% ../../nbs/53_methods.xstars.ipynb #0000004a
 def _descriptions(model, see, data, names, n, device, heads):
     "Per batch: mean features of both sensors and, if there are heads, their projected places, of tiles that have both"
     count = 0
@@ -529,7 +530,7 @@ def _descriptions(model, see, data, names, n, device, heads):
         count += len(out[0])
         if count >= n: return
 
-# %% ../../nbs/53_methods.xstars.ipynb #0000004a
+# %% ../../nbs/53_methods.xstars.ipynb #0000004c
 @patch(cls_method=True)
 def published(cls:XSTARS, encoder, normalize, **kw):
     "The released code's choices where ours differ, as they were meant"
