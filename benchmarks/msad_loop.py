@@ -1,10 +1,11 @@
 """MSAD of all places at once against a loop over places, as X-STARS was released.
 
-    python benchmarks/msad_loop.py                     # 12 images, 197 tokens, 3 sensors; about a minute on one core
-    python benchmarks/msad_loop.py --device cuda
+    python benchmarks/msad_loop.py                     # 12 images, 197 tokens, 3 sensors: seconds on one core
+    python benchmarks/msad_loop.py --heads             # minutes on a CPU
+    python benchmarks/msad_loop.py --heads --device cuda
 
-Two comparisons, forward and backward, median of five: the loss alone on given projections (`msad` and `msad_loop`), and
-with its heads (per sensor on all tokens, against a shared head and two more on the tokens of one place, pair and sensor at a time).
+Forward and backward, median of five. The loss alone on given projections: `msad` against `msad_loop`. With its heads: one per
+sensor on all tokens, against the released three, which are called for one place, pair and sensor at a time.
 """
 
 import argparse
@@ -57,15 +58,20 @@ def seconds(step, inputs, device, repeats):
     return statistics.median(took[1:])
 
 
-def bench_msad(batch=12, tokens=197, sensors=3, dim=192, project=256, device="cpu", repeats=5):
-    "Seconds of both ways, and their ratio, for the loss alone and with its heads"
-    torch.manual_seed(0)
-    make = lambda d: {f"s{i}": torch.randn(batch, tokens, d, device=device, requires_grad=True) for i in range(sensors)}
-    z, f = make(project), make(dim)
-    heads = nn.ModuleDict({m: mlp((dim, 1024, project), None, nn.GELU) for m in f}).to(device)
+def _with_heads(f, dim, project, device):
+    own = nn.ModuleDict({m: mlp((dim, 1024, project), None, nn.GELU) for m in f}).to(device)
     shared, first, second = (Residual(d).to(device) for d in (dim, 1024, 1024))
-    ways = dict(loss=(z, lambda: msad(z), lambda: msad_loop(z, temperature=project**.5)),
-                heads=(f, lambda: msad({m: heads[m](x) for m, x in f.items()}), lambda: loop_with_heads(f, shared, first, second)))
+    return f, lambda: msad({m: own[m](x) for m, x in f.items()}), lambda: loop_with_heads(f, shared, first, second)
+
+
+def bench_msad(batch=12, tokens=197, sensors=3, dim=192, project=256, heads=False, device="cpu", repeats=5):
+    "Seconds of both ways, and their ratio, for the loss alone and, with `heads`, together with them"
+    torch.manual_seed(0)
+    many = lambda d: {f"s{i}": torch.randn(batch, tokens, d, device=device, requires_grad=True) for i in range(sensors)}
+    z = many(project)
+    ways = dict(loss=(z, lambda: msad(z), lambda: msad_loop(z, temperature=project**.5)))
+    if heads:
+        ways["heads"] = _with_heads(many(dim), dim, project, device)
     out = {}
     for name, (inputs, ours, loop) in ways.items():
         a, b = (seconds(step, list(inputs.values()), device, repeats) for step in (ours, loop))
@@ -78,6 +84,7 @@ def main():
     for k, v in dict(batch=12, tokens=197, sensors=3, dim=192, project=256, repeats=5).items():
         p.add_argument(f"--{k}", type=int, default=v)
     p.add_argument("--device", default="cpu")
+    p.add_argument("--heads", action="store_true", help="also with the projection heads")
     for name, r in bench_msad(**vars(p.parse_args())).items():
         print(f"{name}: all at once {1e3 * r['vectorised_s']:.1f} ms, loop {1e3 * r['loop_s']:.0f} ms, {r['ratio']:.0f} times faster")
 
