@@ -16,7 +16,7 @@ from rs_selfsup.modalities import DataError, preset
 MODS = dict(rgb=preset("rgb", 0.5), dsm=preset("dsm", 0.5), s1=preset("s1", 2.0))
 SWIN = dict(img_size=64, depths=(1, 2, 1, 1), embed_dim=24, num_heads=(1, 2, 2, 4))
 FAMILY = dict(
-    resnet18={}, convnext_atto=dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), regnety_002={}, efficientnet_b0={}, tf_efficientnet_b0={},
+    mobilenetv3_small_050={}, resnet18={}, convnext_atto=dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), regnetx_002={}, tf_efficientnet_lite0={},
     swin_tiny_patch4_window7_224=SWIN, swinv2_tiny_window8_256=SWIN, pvt_v2_b0={}, mambaout_femto=dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)),
 )  # fmt: skip
 
@@ -128,7 +128,7 @@ def test_weights_for_other_bands():
 
 
 def test_convolutions_of_other_kinds_stay_what_they_are():
-    e = make("tf_efficientnet_b0")
+    e = make("tf_efficientnet_lite0")
     assert {type(c).__name__ for c in e.switch.convs.values()} == {"Conv2dSame"}
     spread = {m: c.weight.std().item() for m, c in make("resnet18").switch.convs.items()}
     assert max(spread.values()) < 1.2 * min(spread.values())             # timm's own initialisation

@@ -235,7 +235,8 @@ def test_prototypes():
     head, x = PrototypeHead(6, 10, 8, 4, norm="layer"), torch.randn(2, 3, 6)
     y = head(x)
     assert y.shape == (2, 3, 10) and head(x[0, :1]).shape == (1, 10)
-    naive = torch.tensor([[[F.cosine_similarity(head.mlp(x[i, j]), w, dim=0) for w in head.prototypes] for j in range(3)] for i in range(2)])
+    with torch.no_grad():
+        naive = torch.tensor([[[F.cosine_similarity(head.mlp(x[i, j]), w, dim=0) for w in head.prototypes] for j in range(3)] for i in range(2)])
     torch.testing.assert_close(y, naive, atol=1e-5, rtol=1e-4)
 
 
