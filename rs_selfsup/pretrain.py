@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEARNERS', 'decay_groups', 'adamw', 'default_lr', 'PretrainLearner', 'data_settings', 'MethodLearner', 'MSSDFLearner',
-           'bare_loop']
+           'CMIDLearner', 'RSDNetLearner', 'XSTARSLearner', 'bare_loop']
 
 # %% ../nbs/61_pretrain.ipynb #00000004
 import time
@@ -25,7 +25,10 @@ from .callbacks import (
     TeacherEMA, TermRecorder, WarmupCosine, WeightedSum, autocast_like, checkpoints, cosine, held_out, init_distributed,
     keep_random_state, plain, read_checkpoint, warmup_cosine)
 from .distributed import world
+from .methods.cmid import CMID
 from .methods.mssdf import MSSDF
+from .methods.rsdnet import RSDNet
+from .methods.xstars import XSTARS
 from .modalities import DataError
 
 # %% ../nbs/61_pretrain.ipynb #00000007
@@ -245,7 +248,7 @@ class MethodLearner(PretrainLearner):
         with keep_random_state():
             torch.manual_seed(seed)
             method = self.method_class.create(encoder, dls.modalities, dls.anchor, dls.normalize, patch_size, **settings)
-        if hasattr(method, 'check_data'): method.check_data(len(dls.train.dataset), dls.train.bs*world())
+        if hasattr(method, 'check_data'): method.check_data(len(dls.train.dataset))
         enc = method.encoder
         config = dict(encoder=enc.name, patch_size=getattr(enc, 'patch_size', None), settings=settings)
         super().__init__(dls, method, seed=seed, lr=lr, every=every, config=config, cbs=cbs, path=path)
@@ -255,7 +258,19 @@ class MSSDFLearner(MethodLearner):
     "Masked latent prediction across modalities (MSSDF)"
     method_class = MSSDF
 
-LEARNERS = dict(mssdf=MSSDFLearner)     # by the name the command line uses
+class CMIDLearner(MethodLearner):
+    "Contrastive learning and masked image modelling in one self-distillation (CMID)"
+    method_class = CMID
+
+class RSDNetLearner(MethodLearner):
+    "BYOL with another band or sensor as the other view (RSDnet, RS-BYOL)"
+    method_class = RSDNet
+
+class XSTARSLearner(MethodLearner):
+    "Self-distillation and dense alignment across sensors (X-STARS)"
+    method_class = XSTARS
+
+LEARNERS = dict(mssdf=MSSDFLearner, cmid=CMIDLearner, rsdnet=RSDNetLearner, xstars=XSTARSLearner)     # by the name the command line uses
 
 # %% ../nbs/61_pretrain.ipynb #00000015
 def _pictures(method, batch):
