@@ -317,14 +317,15 @@ def plot_table(
 
 # %% ../nbs/62_evaluate.ipynb #0000002b
 def random_like(
-    encoder: nn.Module,  # a `MultiModalViT`
+    encoder: nn.Module,  # any of ours: it has `fresh()`
     seed: int = 0,  # of the weights
 ) -> nn.Module:
     "The same architecture at random initialisation."
+    import rs_selfsup.backbones  # noqa: F401  gives a `MultiModalViT` its `fresh`
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        patch = encoder.patch_size[encoder.anchor]
-        twin = type(encoder)(encoder.name, encoder.modalities, encoder.anchor, patch_size=patch, shared_stem=encoder.shared_stem, **encoder.timm_kw)
+        twin = encoder.fresh()
     return twin.to(next(encoder.parameters()).device)
 
 # %% ../nbs/62_evaluate.ipynb #71442e9f
