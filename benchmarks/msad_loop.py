@@ -6,6 +6,9 @@
 
 Forward and backward, median of five. The loss alone on given projections: `msad` against `msad_loop`. With its heads: one per
 sensor on all tokens, against the released three, which are called for one place, pair and sensor at a time.
+
+Both ways do the same arithmetic. What is saved are thousands of small operations a step: much on a device that waits for launches,
+on one CPU core 14 times at a width of 64, 3 at 256 and nothing at 1,024, where the products themselves take the time.
 """
 
 import argparse
