@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'CONFIG', 'STEP_COLUMNS', 'read_config', 'parse_settings', 'layered', 'build_parser', 'synth', 'build',
-           'store_pictures', 'save_figure', 'pretrain', 'learner', 'read_run', 'run', 'finish', 'plot_curves', 'embed',
-           'load', 'probe', 'export', 'compare', 'bench', 'demo', 'main']
+           'store_pictures', 'save_figure', 'pretrain', 'learner', 'read_run', 'run', 'finish', 'plot_curves', 'load',
+           'embed', 'export', 'probe', 'compare', 'bench', 'demo', 'main']
 
 # %% ../nbs/95_cli.ipynb #00000003
 import argparse
 import json
 import sys
 import tomllib
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 from .modalities import DataError
@@ -57,8 +59,8 @@ def parse_settings(
 
 # %% ../nbs/95_cli.ipynb #0000000c
 def layered(
-    parser: argparse.ArgumentParser,
-    argv: list[str],
+    parser: argparse.ArgumentParser,  # of `build_parser`
+    argv: list[str],  # without the program's name
 ) -> argparse.Namespace:
     "Parse `argv`, with the file named by `--config` between the defaults and the flags."
     first, _ = parser.parse_known_args(argv)
@@ -86,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         p.set_defaults(subparser=p)
     return parser
 
-
+# %% ../nbs/95_cli.ipynb #68443c06
 def _command(commands, name, call, about, example):
     p = commands.add_parser(name, help=about, description=about, epilog=f"example:  rs-selfsup {name} {example}",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -94,6 +96,14 @@ def _command(commands, name, call, about, example):
     return p
 
 # %% ../nbs/95_cli.ipynb #00000010
+def synth(args):
+    "`rs-selfsup synth`"
+    from rs_selfsup.data.synthetic import write_scenes
+
+    path = write_scenes(args.out, args.n_scenes, args.size_m, args.seed, tuple(args.modalities), workers=args.workers)
+    print(f"scenes: {path}\nnext:   rs-selfsup build {path} STORE --tile 64")
+
+# %% ../nbs/95_cli.ipynb #45bb3940
 def _add_synth(commands):
     p = _command(commands, "synth", synth, "write embedded scenes (RGB, height, multispectral, SAR, labels) as GeoTIFFs", "scenes --n-scenes 16")
     p.add_argument("out", type=Path, help="folder to write")
@@ -104,15 +114,20 @@ def _add_synth(commands):
     p.add_argument("--workers", type=int, default=1, help="processes")
     return p
 
-
-def synth(args):
-    "`rs-selfsup synth`"
-    from rs_selfsup.data.synthetic import write_scenes
-
-    path = write_scenes(args.out, args.n_scenes, args.size_m, args.seed, tuple(args.modalities), workers=args.workers)
-    print(f"scenes: {path}\nnext:   rs-selfsup build {path} STORE --tile 64")
-
 # %% ../nbs/95_cli.ipynb #00000011
+def build(args):
+    "`rs-selfsup build`"
+    from rs_selfsup.data.rasters import load_scenes
+    from rs_selfsup.data.tiles import build_store
+
+    scenes = load_scenes(args.scenes, root=args.root)
+    names = ("tile", "stride", "min_valid", "splits", "block", "buffer", "workers", "seed")
+    store = build_store(scenes, args.out, **{k: getattr(args, k) for k in names})
+    store_pictures(store, args.out)
+    print((args.out / "report.md").read_text())
+    print(f"store:    {args.out}\npictures: {args.out / 'tiles.png'}\nnext:     rs-selfsup pretrain {args.out} RUN")
+
+# %% ../nbs/95_cli.ipynb #5c8c5996
 def _add_build(commands):
     p = _command(commands, "build", build, "cut scenes into a tile store", "scenes/scenes.yaml store --tile 64 --workers 2")
     p.add_argument("scenes", type=Path, help="scenes.yaml: what lies where (see the page on rasters)")
@@ -128,21 +143,13 @@ def _add_build(commands):
     p.add_argument("--seed", type=int, default=0, help="of the splits")
     return p
 
-
-def build(args):
-    "`rs-selfsup build`"
-    from rs_selfsup.data.rasters import load_scenes
-    from rs_selfsup.data.tiles import build_store
-
-    scenes = load_scenes(args.scenes, root=args.root)
-    names = ("tile", "stride", "min_valid", "splits", "block", "buffer", "workers", "seed")
-    store = build_store(scenes, args.out, **{k: getattr(args, k) for k in names})
-    store_pictures(store, args.out)
-    print((args.out / "report.md").read_text())
-    print(f"store:    {args.out}\npictures: {args.out / 'tiles.png'}\nnext:     rs-selfsup pretrain {args.out} RUN")
-
-
-def store_pictures(store, out, n=4, seed=0):
+# %% ../nbs/95_cli.ipynb #d947843b
+def store_pictures(
+    store,  # `TileStore`
+    out,  # folder
+    n=4,  # tiles
+    seed=0,  # which ones
+):
     "Tiles of a store as `tiles.png`."
     import matplotlib
     import numpy as np
@@ -155,13 +162,34 @@ def store_pictures(store, out, n=4, seed=0):
     save_figure(plt.gcf(), Path(out) / "tiles.png")
 
 
-def save_figure(fig, path):
+def save_figure(
+    fig,  # of matplotlib; closed afterwards
+    path,  # .png
+):
+    "Write a figure as a picture of 110 dpi."
     import matplotlib.pyplot as plt
 
     fig.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(fig)
 
 # %% ../nbs/95_cli.ipynb #00000013
+CONFIG = ("store", "method", "encoder", "patch_size", "crop", "epochs", "bs", "lr", "warmup", "momentum", "accumulate", "precision", "workers",
+          "threads", "save_every", "keep", "tensorboard", "seed", "settings")
+
+
+def pretrain(args):
+    "`rs-selfsup pretrain`"
+    settings = args.settings if isinstance(args.settings, dict) else parse_settings(args.settings)
+    config = {k: getattr(args, k) for k in CONFIG} | dict(settings=settings, store=str(args.store.resolve()))
+    file = args.out / "config.json"
+    if file.exists():
+        raise DataError("this folder holds a run already", file=args.out, fix=f"Go on with it by `rs-selfsup resume {args.out}`, or name another folder.")
+    learner(config)  # wrong settings end here, before anything is written
+    args.out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(config, indent=1))
+    run(args.out)
+
+# %% ../nbs/95_cli.ipynb #d5e285b3
 def _add_pretrain(commands):
     example = "store run --encoder vit_small_patch16_224 --epochs 100"
     p = _command(commands, "pretrain", pretrain, "pre-train an encoder on a tile store, without labels", example)
@@ -188,29 +216,6 @@ def _add_pretrain(commands):
     p.add_argument("--set", dest="settings", nargs="*", default=[], metavar="NAME=VALUE", help=more)
     return p
 
-
-CONFIG = ("store", "method", "encoder", "patch_size", "crop", "epochs", "bs", "lr", "warmup", "momentum", "accumulate", "precision", "workers",
-          "threads", "save_every", "keep", "tensorboard", "seed", "settings")
-
-
-def pretrain(args):
-    "`rs-selfsup pretrain`"
-    settings = args.settings if isinstance(args.settings, dict) else parse_settings(args.settings)
-    config = {k: getattr(args, k) for k in CONFIG} | dict(settings=settings, store=str(args.store.resolve()))
-    file = args.out / "config.json"
-    if file.exists():
-        raise DataError("this folder holds a run already", file=args.out, fix=f"Go on with it by `rs-selfsup resume {args.out}`, or name another folder.")
-    learner(config)  # wrong settings end here, before anything is written
-    args.out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(config, indent=1))
-    run(args.out)
-
-
-def _add_resume(commands):
-    p = _command(commands, "resume", lambda args: run(args.out, resume="auto"), "go on with an interrupted run, to the same weights", "run")
-    p.add_argument("out", type=Path, help="folder of the run")
-    return p
-
 # %% ../nbs/95_cli.ipynb #00000014
 def learner(
     config: dict,  # as in `config.json`
@@ -230,15 +235,17 @@ def learner(
     learn = LEARNERS[config["method"]](dls, config["encoder"], config["patch_size"], config["seed"], **config["settings"])
     return dict(fp32=learn.to_fp32, bf16=learn.to_bf16, fp16=learn.to_fp16)[config["precision"]]()
 
-
-def read_run(out) -> dict:
+# %% ../nbs/95_cli.ipynb #c5c189c8
+def read_run(
+    out,  # folder of a run
+) -> dict:
     "The config of a run's folder."
     file = Path(out) / "config.json"
     if not file.exists():
         raise DataError("there is no config.json", file=out, fix="Name the folder that `rs-selfsup pretrain` wrote.")
     return json.loads(file.read_text())
 
-
+# %% ../nbs/95_cli.ipynb #e5bd17d5
 def run(
     out: Path,  # folder with `config.json`
     resume=False,  # 'auto': from the newest checkpoint, if there is one
@@ -256,8 +263,11 @@ def run(
         print(f"encoder: {out / 'encoder.safetensors'} (timm), {both} (all modalities)\nnext:    rs-selfsup probe {both} {c['store']}")
     return learn
 
-
-def finish(learn, out):
+# %% ../nbs/95_cli.ipynb #a47837fa
+def finish(
+    learn,  # trained Learner
+    out,  # folder of the run
+):
     "Encoder files and pictures of a trained Learner."
     import matplotlib
 
@@ -290,19 +300,33 @@ def plot_curves(
     ax.legend(frameon=False, ncol=len(terms))
     return fig
 
-# %% ../nbs/95_cli.ipynb #00000017
-def _add_embed(commands):
-    p = _command(commands, "embed", embed, "one feature vector per tile", "run/encoder_all.safetensors store features.npz")
-    p.add_argument("encoder", type=Path, help="file from pretrain or export")
-    p.add_argument("store", type=Path, help="tile store")
-    p.add_argument("out", type=Path, help=".npz with x (n, F) float32, label, tile, and a .csv beside it saying where each tile lies")
-    p.add_argument("--split", choices=["train", "val", "test"], help="default: all tiles")
-    p.add_argument("--pool", choices=["mean", "cls", "both"], default="mean", help="what stands for a tile")
-    p.add_argument("--modality", help="read this one alone (default: all that the encoder knows)")
-    p.add_argument("--bs", type=int, default=64, help="tiles per batch")
+# %% ../nbs/95_cli.ipynb #4a7e3414
+def _add_resume(commands):
+    p = _command(commands, "resume", lambda args: run(args.out, resume="auto"), "go on with an interrupted run, to the same weights", "run")
+    p.add_argument("out", type=Path, help="folder of the run")
     return p
 
+# %% ../nbs/95_cli.ipynb #00000017
+def load(
+    path,  # .safetensors of `pretrain` or `export`
+    store,  # `TileStore`
+):
+    "Encoder of a file, and the normalisation it was trained with; the store must have its modalities."
+    from rs_selfsup.data.augment import Normalize
+    from rs_selfsup.export import load_encoder
 
+    encoder = load_encoder(path)
+    missing = [m for m in encoder.modalities if m not in store.modalities]
+    if missing:
+        problem = f"was trained on {list(encoder.modalities)}, the store has {list(store.modalities)}: no {missing}"
+        raise DataError(problem, file=path, fix="Build a store with these modalities, or export one modality that it has.")
+    for name, m in encoder.modalities.items():
+        if m.band_names != store.modalities[name].band_names:
+            problem = f"knows {name} as {m.band_names}, the store has {store.modalities[name].band_names}"
+            raise DataError(problem, file=path, fix="Give the bands it was trained on.")
+    return encoder, Normalize(store.modalities, {**store.stats, **(encoder.stats or {})})
+
+# %% ../nbs/95_cli.ipynb #661713f5
 def embed(args):
     "`rs-selfsup embed`"
     import numpy as np
@@ -319,39 +343,38 @@ def embed(args):
     store.index.set_index("tile").loc[f.tile].to_csv(args.out.with_suffix(".csv"))
     print(f"{len(f)} tiles, {f.x.shape[1]} features each: {args.out}, {args.out.with_suffix('.csv')}")
 
-
-def load(path, store):
-    "Encoder of a file, and the normalisation it was trained with; the store must have its modalities."
-    from rs_selfsup.data.augment import Normalize
-    from rs_selfsup.export import load_encoder
-
-    encoder = load_encoder(path)
-    missing = [m for m in encoder.modalities if m not in store.modalities]
-    if missing:
-        problem = f"was trained on {list(encoder.modalities)}, the store has {list(store.modalities)}: no {missing}"
-        raise DataError(problem, file=path, fix="Build a store with these modalities, or export one modality that it has.")
-    for name, m in encoder.modalities.items():
-        if m.band_names != store.modalities[name].band_names:
-            problem = f"knows {name} as {m.band_names}, the store has {store.modalities[name].band_names}"
-            raise DataError(problem, file=path, fix="Give the bands it was trained on.")
-    return encoder, Normalize(store.modalities, {**store.stats, **(encoder.stats or {})})
-
-# %% ../nbs/95_cli.ipynb #00000018
-def _add_probe(commands):
-    p = _command(commands, "probe", probe, "kNN and linear probe of an encoder, beside both baselines",
-                 "run/encoder_all.safetensors store --fractions 1 5 20 100")
+# %% ../nbs/95_cli.ipynb #f21e3b02
+def _add_embed(commands):
+    p = _command(commands, "embed", embed, "one feature vector per tile", "run/encoder_all.safetensors store features.npz")
     p.add_argument("encoder", type=Path, help="file from pretrain or export")
-    p.add_argument("store", type=Path, help="tile store with labels in train, val and test")
-    p.add_argument("--fractions", type=float, nargs="+", default=[100], help="shares of the training labels in percent")
-    p.add_argument("--seeds", type=int, default=5, help="label subsets and random initialisations")
+    p.add_argument("store", type=Path, help="tile store")
+    p.add_argument("out", type=Path, help=".npz with x (n, F) float32, label, tile, and a .csv beside it saying where each tile lies")
+    p.add_argument("--split", choices=["train", "val", "test"], help="default: all tiles")
     p.add_argument("--pool", choices=["mean", "cls", "both"], default="mean", help="what stands for a tile")
     p.add_argument("--modality", help="read this one alone (default: all that the encoder knows)")
-    p.add_argument("--metric", choices=["accuracy", "balanced_accuracy"], default="accuracy", help="of the table")
-    p.add_argument("--out", type=Path, help="CSV for the rows")
     p.add_argument("--bs", type=int, default=64, help="tiles per batch")
     return p
 
+# %% ../nbs/95_cli.ipynb #00000019
+def export(args):
+    "`rs-selfsup export`"
+    from rs_selfsup.callbacks import load_weights, read_checkpoint
 
+    c = read_checkpoint(args.run / "checkpoints")
+    learn = learner(read_run(args.run))
+    load_weights(learn.method, c["model"], c["file"])
+    learn.export_encoder(args.out, modality=args.modality)
+    print(f"{args.out}: encoder after {c['epoch']} epochs, step {c['step']}")
+
+# %% ../nbs/95_cli.ipynb #fae24bed
+def _add_export(commands):
+    p = _command(commands, "export", export, "write the encoder of a run's newest checkpoint", "run encoder.safetensors --modality rgb")
+    p.add_argument("run", type=Path, help="folder of the run")
+    p.add_argument("out", type=Path, help="file to write, .safetensors")
+    p.add_argument("--modality", help="one modality, with plain timm keys (default: the anchor), or 'all'")
+    return p
+
+# %% ../nbs/95_cli.ipynb #00000018
 def probe(args):
     "`rs-selfsup probe`"
     import pandas as pd
@@ -368,24 +391,38 @@ def probe(args):
     with pd.option_context("display.width", 200, "display.max_columns", 20):
         print(summarize(table).round(4).to_string(index=False))
 
-# %% ../nbs/95_cli.ipynb #00000019
-def _add_export(commands):
-    p = _command(commands, "export", export, "write the encoder of a run's newest checkpoint", "run encoder.safetensors --modality rgb")
-    p.add_argument("run", type=Path, help="folder of the run")
-    p.add_argument("out", type=Path, help="file to write, .safetensors")
-    p.add_argument("--modality", help="one modality, with plain timm keys (default: the anchor), or 'all'")
+# %% ../nbs/95_cli.ipynb #07c49edc
+def _add_probe(commands):
+    p = _command(commands, "probe", probe, "kNN and linear probe of an encoder, beside both baselines",
+                 "run/encoder_all.safetensors store --fractions 1 5 20 100")
+    p.add_argument("encoder", type=Path, help="file from pretrain or export")
+    p.add_argument("store", type=Path, help="tile store with labels in train, val and test")
+    p.add_argument("--fractions", type=float, nargs="+", default=[100], help="shares of the training labels in percent")
+    p.add_argument("--seeds", type=int, default=5, help="label subsets and random initialisations")
+    p.add_argument("--pool", choices=["mean", "cls", "both"], default="mean", help="what stands for a tile")
+    p.add_argument("--modality", help="read this one alone (default: all that the encoder knows)")
+    p.add_argument("--metric", choices=["accuracy", "balanced_accuracy"], default="accuracy", help="of the table")
+    p.add_argument("--out", type=Path, help="CSV for the rows")
+    p.add_argument("--bs", type=int, default=64, help="tiles per batch")
     return p
 
+# %% ../nbs/95_cli.ipynb #000000f9
+def compare(args):
+    "`rs-selfsup compare`"
+    import pandas as pd
 
-def export(args):
-    "`rs-selfsup export`"
-    from rs_selfsup.callbacks import load_weights, read_checkpoint
+    from rs_selfsup.compare import Trial
+    from rs_selfsup.compare import compare as run
 
-    c = read_checkpoint(args.run / "checkpoints")
-    learn = learner(read_run(args.run))
-    load_weights(learn.method, c["model"], c["file"])
-    learn.export_encoder(args.out, modality=args.modality)
-    print(f"{args.out}: encoder after {c['epoch']} epochs, step {c['step']}")
+    settings = args.settings if isinstance(args.settings, dict) else parse_settings(args.settings)
+    own = {m: {k.split(".", 1)[1]: v for k, v in settings.items() if k.startswith(m + ".")} for m in args.methods}
+    common = {k: v for k, v in settings.items() if "." not in k}
+    names = ("encoder", "patch_size", "epochs", "minutes", "bs", "crop", "lr")
+    base = Trial(settings=common, momentum=tuple(args.momentum), fractions=tuple(f / 100 for f in args.fractions), **{k: getattr(args, k) for k in names})
+    table = run(args.store, args.out, args.methods, base, own, args.seeds, args.processes)
+    with pd.option_context("display.width", 220, "display.max_columns", 20):
+        print(table.drop(columns=["package", "torch"]).round(4).to_string(index=False))
+    print(f"table: {args.out / 'table.csv'}, figure: {args.out / 'compare.png'}")
 
 # %% ../nbs/95_cli.ipynb #000000f8
 def _add_compare(commands):
@@ -409,24 +446,6 @@ def _add_compare(commands):
     p.add_argument("--set", dest="settings", nargs="*", default=[], metavar="[METHOD.]NAME=VALUE", help=more)
     return p
 
-# %% ../nbs/95_cli.ipynb #000000f9
-def compare(args):
-    "`rs-selfsup compare`"
-    import pandas as pd
-
-    from rs_selfsup.compare import Trial
-    from rs_selfsup.compare import compare as run
-
-    settings = args.settings if isinstance(args.settings, dict) else parse_settings(args.settings)
-    own = {m: {k.split(".", 1)[1]: v for k, v in settings.items() if k.startswith(m + ".")} for m in args.methods}
-    common = {k: v for k, v in settings.items() if "." not in k}
-    names = ("encoder", "patch_size", "epochs", "minutes", "bs", "crop", "lr")
-    base = Trial(settings=common, momentum=tuple(args.momentum), fractions=tuple(f / 100 for f in args.fractions), **{k: getattr(args, k) for k in names})
-    table = run(args.store, args.out, args.methods, base, own, args.seeds, args.processes)
-    with pd.option_context("display.width", 220, "display.max_columns", 20):
-        print(table.drop(columns=["package", "torch"]).round(4).to_string(index=False))
-    print(f"table: {args.out / 'table.csv'}, figure: {args.out / 'compare.png'}")
-
 # %% ../nbs/95_cli.ipynb #000000fa
 def _add_bench(commands):
     p = _command(commands, "bench", bench, "measure this project's own figures on this machine", "--only masks loader")
@@ -443,7 +462,7 @@ def bench(args):
 
     run_benchmarks(args.only, args.slow, args.repeats, args.out)
 
-
+# %% ../nbs/95_cli.ipynb #421de287
 def _add_demo(commands):
     p = _command(commands, "demo", demo, "scenes, tiles, pre-training, table and pictures in minutes", "--out demo_out")
     p.add_argument("--out", type=Path, default=Path("demo_out"), help="folder")
@@ -458,13 +477,29 @@ def demo(args):
 
     run_demo(args.out, args.seeds, args.epochs)
 
+# %% ../nbs/95_cli.ipynb #35d82fde
+@contextmanager
+def _no_future_warnings():
+    "Here, and in the processes that are started meanwhile."
+    before = sys.warnoptions[:]
+    sys.warnoptions.append("ignore::FutureWarning")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        sys.warnoptions[:] = before
+
 # %% ../nbs/95_cli.ipynb #0000001b
-def main(argv: list[str] | None = None) -> int:
+def main(
+    argv: list[str] | None = None,  # without the program's name; None: of this process
+) -> int:  # exit status
     "Entry point of `rs-selfsup`."
     argv = sys.argv[1:] if argv is None else argv
     try:
-        args = layered(build_parser(), argv)
-        args.call(args)
+        with _no_future_warnings():
+            args = layered(build_parser(), argv)
+            args.call(args)
     except DataError as e:
         print(f"rs-selfsup: {e}", file=sys.stderr)
         return 2

@@ -29,27 +29,31 @@ class DemoSettings:
     n_scenes: int = 40
     size_m: float = 256  # side of a scene
     tile: int = 32  # pixels of 0.5 m
-    splits: tuple = (0.6, 0.15, 0.25)
-    epochs: int = 8
-    bs: int = 64
-    lr: float = 1e-3
-    momentum: tuple = (0.99, 1.0)
-    patch_size: int = 8
-    encoder: dict = field(default_factory=lambda: dict(embed_dim=96, depth=4, num_heads=3))
-    method: dict = field(default_factory=lambda: dict(mask_ratio=0.5, fusion_depth=1, decoder_depth=2))
+    splits: tuple = (0.6, 0.15, 0.25)  # shares of the scenes: train, val, test
+    epochs: int = 8  # passes over the training tiles
+    bs: int = 64  # tiles per batch
+    lr: float = 1e-3  # peak
+    momentum: tuple = (0.99, 1.0)  # of the teacher: first and last
+    patch_size: int = 8  # px
+    encoder: dict = field(default_factory=lambda: dict(embed_dim=96, depth=4, num_heads=3))  # of timm
+    method: dict = field(default_factory=lambda: dict(mask_ratio=0.5, fusion_depth=1, decoder_depth=2))  # of MSSDF
     fractions: tuple = (0.1, 1.0)  # of the training labels
-    seeds: int = 5
+    seeds: int = 5  # pre-trainings
 
-    def trial(self, seed: int) -> Trial:
+    def trial(
+        self,
+        seed: int,  # of weights, order, augmentation, masks and label subset
+    ) -> Trial:
+        "One pre-training of the demo."
         same = {k: getattr(self, k) for k in ("patch_size", "epochs", "bs", "lr", "momentum", "fractions")}
         return Trial("mssdf", seed, settings={**self.encoder, **self.method}, **same)
 
 # %% ../nbs/94_demo.ipynb #00000007
 def make_store(
-    out: Path,
+    out: Path,  # folder: `scenes` and `store` in it; what is there is used again
     s: DemoSettings,
     workers: int = 1,  # processes
-    progress: bool = True,
+    progress: bool = True,  # show bars
 ) -> TileStore:
     "Embedded scenes as a tile store."
     scenes = write_scenes(out / "scenes", s.n_scenes, s.size_m, seed=0, modalities=("rgb", "dsm"), workers=workers, progress=progress)
@@ -71,7 +75,10 @@ td:first-child,th:first-child{{text-align:left}}</style>
 <h2>Settings</h2><pre>{settings}</pre></html>"""
 
 # %% ../nbs/94_demo.ipynb #000000e6
-def show_scene(scenes_file, at: int = 0):
+def show_scene(
+    scenes_file,  # `scenes.yaml`
+    at: int = 0,  # which scene
+):
     "All modalities of one scene."
     import matplotlib.pyplot as plt
 
@@ -86,7 +93,13 @@ def show_scene(scenes_file, at: int = 0):
     return fig
 
 # %% ../nbs/94_demo.ipynb #000000e7
-def write_page(out: Path, store: TileStore, table: pd.DataFrame, s: DemoSettings, minutes: float):
+def write_page(
+    out: Path,  # folder with `scenes` and the trials
+    store: TileStore,
+    table: pd.DataFrame,  # of `summarize`
+    s: DemoSettings,
+    minutes: float,  # of the whole demo
+):
     "Pictures, `table.csv` and `index.html`."
     import matplotlib
 
@@ -106,12 +119,12 @@ def write_page(out: Path, store: TileStore, table: pd.DataFrame, s: DemoSettings
 
 # %% ../nbs/94_demo.ipynb #00000012
 def run_demo(
-    out: str | Path = "demo_out",
-    seeds: int = 5,
-    epochs: int | None = None,  # None: the default of `DemoSettings`
-    settings: DemoSettings | None = None,
+    out: str | Path = "demo_out",  # folder
+    seeds: int = 5,  # pre-trainings; not with `settings`
+    epochs: int | None = None,  # None: the default of `DemoSettings`; not with `settings`
+    settings: DemoSettings | None = None,  # all sizes; None: the defaults
     processes: int | None = None,  # seeds at a time; None: one per core on the CPU, one on a GPU
-    progress: bool = True,
+    progress: bool = True,  # show bars
 ) -> pd.DataFrame:  # of `summarize`
     "Scenes, tiles, pre-training, table, page."
     out, start = Path(out), time.time()

@@ -45,6 +45,7 @@ def _overlap(n:int, m:int, device) -> Tensor:
         both = torch.minimum(i + 1 / m, j + 1 / n) - torch.maximum(i, j)
         return (both.clamp(min=0) * m).float().to(device)
 
+# %% ../../nbs/50_methods.mssdf.ipynb #b5886e56
 def area_pool(
     x:Tensor,                # (B, N, D) tokens
     grid:tuple,              # their (gh, gw)
@@ -84,7 +85,11 @@ class Blocks(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.blocks.apply(_init_linear)
 
-    def forward(self, x, key_valid=None, last=None): # `last`: return so many tokens from the end
+    def forward(self,
+        x:Tensor,                # (B, K, dim)
+        key_valid=None,          # (B, K) bool: False = nobody looks at it; None = all count
+        last:int|None=None,      # return so many tokens from the end; None = all
+    ):
         mask = None if key_valid is None else attention_mask(key_valid)
         for block in self.blocks: x = block(x, mask)
         return self.norm(x if last is None else x[:, -last:])
@@ -107,6 +112,7 @@ WEIGHTS = dict(rec=1., align=.5, hsic=.2, cls=.1)
 CHOICES = dict(mask=('adaptive', 'inverted', 'random', 'block'), crossmodal=('complementary', 'literal', None), align_on=('visible', 'tile', 'all', 'masked'),
                negatives=('batch@position', 'position@image', 'all'), hsic=('width', 'none', 'cka'), target_norm=('batch', 'layer', None))
 
+# %% ../../nbs/50_methods.mssdf.ipynb #b48fbaaf
 def _check(names, weights, ratio, **choices):
     "Raise for a setting that means nothing."
     for k, v in choices.items():
@@ -168,14 +174,23 @@ def _build(self:MSSDF, D:int, H:int):
     for m in (self.to_decoder, self.head): _init_linear(m)
     if self.weights['cls']: self.cls_head = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, d), nn.GELU(), nn.Linear(d, M))
 
+# %% ../../nbs/50_methods.mssdf.ipynb #be32f795
 @patch
-def set_epoch(self:MSSDF, epoch:int):
+def set_epoch(self:MSSDF,
+    epoch:int,               # 0-based
+):
     "Sets p of the cross-modal masks."
     self.p = crossmodal_probability(epoch, **self.crossmodal_p)
 
 # %% ../../nbs/50_methods.mssdf.ipynb #0000001d
 @patch(cls_method=True)
-def build_encoder(cls:MSSDF, name, modalities:dict, anchor:str, patch_size=None, **kw):
+def build_encoder(cls:MSSDF,
+    name:str,                # of timm, a vision transformer
+    modalities:dict,         # name -> `Modality`
+    anchor:str,              # the modality whose grid the others are measured by
+    patch_size=None,         # anchor px; None = the encoder's own
+    **kw                     # of `MultiModalViT` and timm
+):
     "Tokens are left out, so only a vision transformer will do."
     return MultiModalViT(name, modalities, anchor, patch_size=patch_size, **kw)
 
@@ -203,11 +218,13 @@ def masks(self:MSSDF,
         if self.crossmodal: self._cross(batch, hidden, real, grids)
     return hidden, real, score, grids
 
+# %% ../../nbs/50_methods.mssdf.ipynb #d55d61fe
 @patch
 def _scores(self:MSSDF, z, valid):
     p = self.encoder.patch_size
     return {m: information_score(self.normalize.to_255(z[m], m, valid[m]), p[m], valid[m]) for m in self.names}
 
+# %% ../../nbs/50_methods.mssdf.ipynb #a47b44c7
 @patch
 def _noise(self:MSSDF, batch, stream, grid, i=0): return uniform(batch.key, grid[0] * grid[1], STREAMS[stream] + i)
 
@@ -223,6 +240,7 @@ def _cross(self:MSSDF, batch, hidden, real, grids):
             first, first_real = (_to_grid(x, grids[a], grids[m]) for x in (hidden[a], real[a]))
             hidden[m] = crossmodal_mask(first, hidden[m], self.p, noise, first_real, real[m])
 
+# %% ../../nbs/50_methods.mssdf.ipynb #91e9331e
 def _to_grid(flags, grid, to):
     "(B, N) bool on another grid: True where it holds for half of the ground."
     if flags is None or tuple(grid) == tuple(to): return flags
@@ -294,6 +312,7 @@ def predict(self:MSSDF,
     pred = self.decode(*self.fuse(seen, index, kv, unseen, grids), grids)
     return dict(pred=pred, target=target, cls=cls, hidden=hidden, real=real, grids=grids, seen=seen, index=index, kv=kv)
 
+# %% ../../nbs/50_methods.mssdf.ipynb #4ec359ca
 @patch
 def _targets(self:MSSDF, patches, real, grids):
     "The teacher's tokens of the whole images."
@@ -320,7 +339,17 @@ def spread_tokens(
 
 # %% ../../nbs/50_methods.mssdf.ipynb #0000002c
 @patch
-def losses(self:MSSDF, pred:dict, target:dict, cls:dict, hidden:dict, real:dict, grids:dict, seen:dict, index:dict, kv:dict) -> dict:
+def losses(self:MSSDF,       # all per modality, as `predict` returns them
+    pred:dict,               # (B, N, D) student's predictions
+    target:dict,             # (B, N, D) teacher's tokens
+    cls:dict,                # (B, D) student's class tokens
+    hidden:dict,             # (B, N) bool
+    real:dict,               # (B, N) bool; None = all
+    grids:dict,              # (gh, gw)
+    seen:dict,               # (B, K, d) visible tokens, decoder's width
+    index:dict,              # (B, K) long: their places
+    kv:dict,                 # (B, K) bool: False = padding; None = all count
+) -> dict:                   # name -> scalar
     "The terms whose weight is not zero."
     ms, w, out = self.names, self.weights, {}
     couples, mean = list(itertools.combinations(ms, 2)), lambda f: sum(map(f, couples)) / len(couples)
@@ -345,6 +374,7 @@ def _pair(self:MSSDF, a, b, pred, hidden, real, grids):
         both = keep if both is None else both if keep is None else both & keep
     return area_pool(pred[a], grids[a], to), area_pool(pred[b], grids[b], to), both
 
+# %% ../../nbs/50_methods.mssdf.ipynb #90c74822
 @patch
 def _seen_pair(self:MSSDF, a, b, seen, index, kv, grids):
     "The encoder's tokens of two modalities on the coarser of their grids, and the places where both see something."
@@ -400,6 +430,10 @@ def visualize(self:MSSDF,
 
 # %% ../../nbs/50_methods.mssdf.ipynb #0000003f
 @patch(cls_method=True)
-def published(cls:MSSDF, encoder:MultiModalViT, normalize, **kw):
+def published(cls:MSSDF,
+    encoder:MultiModalViT,   # the student
+    normalize,               # `Normalize`
+    **kw                     # of `MSSDF`; they win over the published choices
+):
     "The released code's choices where ours differ, as they were meant."
     return cls(encoder, normalize, **{**dict(crossmodal='literal', negatives='position@image', align_on='all', hsic='none', target_norm=None), **kw})

@@ -1,0 +1,59 @@
+"The command line: what ends on the user's terminal, and with which exit status"
+
+import os
+import subprocess
+import sys
+import warnings
+from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+
+from rs_selfsup import cli
+from rs_selfsup.modalities import DataError
+
+
+def warns(_):
+    warnings.warn("torch.jit.script is deprecated", FutureWarning, stacklevel=1)
+    warnings.warn("half of the tiles are empty", UserWarning, stacklevel=1)
+
+
+def fails(_):
+    warns(_)
+    raise DataError("there is no such store", fix="Build it.")
+
+
+@pytest.mark.parametrize("call, status", [(warns, 0), (fails, 2)])
+def test_future_warnings_stay_off_the_terminal(monkeypatch, capsys, call, status):
+    monkeypatch.setattr(cli, "layered", lambda parser, argv: Namespace(call=call))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        before = list(warnings.filters), list(sys.warnoptions)
+        assert cli.main([]) == status
+        assert [w.category for w in seen] == [UserWarning]
+        assert (warnings.filters, sys.warnoptions) == before  # as the caller had them
+    assert ("there is no such store" in capsys.readouterr().err) == (status == 2)
+
+
+def test_processes_of_a_command_keep_quiet_too(monkeypatch):
+    options = []
+
+    def call(_):
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            options.extend(pool.submit(eval, "__import__('sys').warnoptions").result())
+
+    monkeypatch.setattr(cli, "layered", lambda parser, argv: Namespace(call=call))
+    assert cli.main([]) == 0
+    assert "ignore::FutureWarning" in options
+
+
+def test_data_error_in_a_process_of_its_own(tmp_path):
+    "`pretrain` imports torchvision, which warns, before it finds that there is no store."
+    argv = [sys.executable, "-m", "rs_selfsup.cli", "pretrain", "nowhere", "run"]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"}
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("rs-selfsup: ") and "nowhere" in done.stderr
+    assert "FutureWarning" not in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
