@@ -121,7 +121,7 @@ class Backbone(nn.Module):
     def _bands(self): return dict(shared=self.channels) if self.channels else {m: mod.n_bands for m, mod in self.modalities.items()}
     def _timm(self, **kw):
         try: return timm.create_model(self.name, **{**self.timm_kw, **kw, 'num_classes': 0})
-        except (RuntimeError, TypeError, AssertionError) as e:
+        except (RuntimeError, TypeError, AssertionError, ValueError, LookupError) as e:
             raise DataError(f'timm cannot build {self.name!r} with {self.timm_kw}: {e}', fix='See timm.list_models().') from e
 
 def _first_conv(net, name):
