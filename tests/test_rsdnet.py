@@ -81,7 +81,7 @@ def test_two_forwards_hide_the_scale_of_a_sensor_and_one_does_not():
     one, two = copy.deepcopy(stats), copy.deepcopy(stats)
     one(a, "s2"), two(4 * a, "s1")
     assert leak < 1e-3 < 0.1 < gap(*enc(torch.cat([a, 4 * a]), "s2").chunk(2))
-    assert (first(two) > 3 * first(one)).all()                      # the statistics know the sensor
+    torch.testing.assert_close(first(two) - 0.9, 16 * (first(one) - 0.9), atol=1e-4, rtol=1e-3)     # the statistics know the sensor
     assert gap(enc.eval()(a, "s2"), enc(4 * a, "s1")) > 0.1         # and evaluation has only one set of them
 
 
@@ -254,7 +254,7 @@ def test_a_repeated_band_is_one_band_with_the_summed_kernel():
     torch.testing.assert_close(three(x.expand(-1, 3, -1, -1), "s2"), one(x, "s2"), atol=1e-4, rtol=1e-4)
 
 
-def train(method, steps=60, lr=1e-3, **kw):
+def train(method, steps=40, lr=1e-3, **kw):
     opt, log = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr), []
     for i in range(steps):
         loss = method.train()(fields(16, 16, seed=i))["byol"]

@@ -105,7 +105,8 @@ def _set(self:BandEncoder, mods, bands, gsd=0.):
     for m, o in mods.items():
         f = self.gsd/o.gsd
         if abs(f - round(f)) > .02*min(f, 2):
-            raise DataError(f'a pixel of {self.gsd:g} m is {f:.3g} pixels of {m!r} ({o.gsd:g} m): they have no common grid', fix='Leave one of the two out with sensors=.')
+            raise DataError(f'a pixel of {self.gsd:g} m is {f:.3g} pixels of {m!r} ({o.gsd:g} m): they have no common grid',
+                            fix='Leave one of the two out with sensors=.')
     for c in self.table:
         if c.minus is not None and self._std(c.modality) not in self._buffers: self.register_buffer(self._std(c.modality), torch.ones(2))
 
@@ -137,7 +138,8 @@ def stack(self:BandEncoder,
         ok = None if valid is None else F.max_pool2d((~valid[m]).float(), f) == 0
         pooled[m] = F.avg_pool2d(x, f) if f > 1 else x, ok
     sizes = {m: tuple(x.shape[-2:]) for m, (x, _) in pooled.items()}
-    if len(set(sizes.values())) > 1: raise DataError(f'the sensors do not cover the same ground: {sizes} px of {self.gsd:g} m', fix='Correct gsd of a modality and rebuild the store.')
+    if len(set(sizes.values())) > 1:
+        raise DataError(f'the sensors do not cover the same ground: {sizes} px of {self.gsd:g} m', fix='Correct gsd of a modality and rebuild the store.')
     x = torch.cat([self._channel(pooled[c.modality][0], c) for c in table], 1)
     if valid is None: return x, None
     ok = torch.cat([pooled[c.modality][1] for c in table], 1)
@@ -273,7 +275,8 @@ class RSDNet(Method):
         min_valid:float=.5,      # a pair counts when this share of both views is real
         weights:dict|None=None,  # of the terms; None = byol 1
     ):
-        if not isinstance(encoder, BandEncoder): raise DataError(f'a {type(encoder).__name__} sees no single bands', fix='Pass a timm name to RSDNet.create, or a BandEncoder.')
+        if not isinstance(encoder, BandEncoder):
+            raise DataError(f'a {type(encoder).__name__} sees no single bands', fix='Pass a timm name to RSDNet.create, or a BandEncoder.')
         super().__init__(encoder, normalize, check_weights(weights, WEIGHTS))
         check_choice('crops', crops, ('independent', 'same'))
         self.crops, self.size, self.min_valid = crops, size, min_valid
@@ -295,12 +298,14 @@ def _candidates(self:RSDNet, pairs):
     self.pairs = pairs or ('cross' if optical and radar else 'union')
     check_choice('pairs', self.pairs, ('cross', 'union'))
     if self.pairs == 'cross' and not (optical and radar):
-        raise DataError(f"pairs='cross' needs an optical and a radar modality, and there is only {list(enc.modalities)}", fix="Add the other sensor to the store, or choose pairs='union'.")
+        raise DataError(f"pairs='cross' needs an optical and a radar modality, and there is only {list(enc.modalities)}",
+                        fix="Add the other sensor to the store, or choose pairs='union'.")
     first, second = (optical, radar) if self.pairs == 'cross' else [optical + radar]*2
     if len({*first, *second}) < 2: raise DataError(f'{enc.table[0].label} is the only band, and two are compared', fix='Give more bands or sensors.')
     for side in (first, second):
         if len(side) < enc.channels:
-            raise DataError(f'a view of three channels cannot be drawn from {[enc.table[i].label for i in side]}', fix="Give more bands, or choose scheme='single'.")
+            raise DataError(f'a view of three channels cannot be drawn from {[enc.table[i].label for i in side]}',
+                            fix="Give more bands, or choose scheme='single'.")
     for name, side in (('first', first), ('second', second)): self.register_buffer(name, torch.tensor(sorted(side)), persistent=False)
 
 @patch(cls_method=True)
