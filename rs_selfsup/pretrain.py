@@ -25,6 +25,7 @@ from .callbacks import (
     TeacherEMA, TermRecorder, WarmupCosine, WeightedSum, autocast_like, checkpoints, cosine, held_out, init_distributed,
     keep_random_state, plain, read_checkpoint, warmup_cosine)
 from .distributed import world
+from .encoders import MultiModalViT
 from .methods.cmid import CMID
 from .methods.mssdf import MSSDF
 from .methods.rsdnet import RSDNet
@@ -250,6 +251,7 @@ class MethodLearner(PretrainLearner):
             method = self.method_class.create(encoder, dls.modalities, dls.anchor, dls.normalize, patch_size, **settings)
         if hasattr(method, 'check_data'): method.check_data(len(dls.train.dataset))
         enc = method.encoder
+        if isinstance(enc, MultiModalViT): enc.sizes.update({m: s for m, s in dls.tile_size.items() if m in enc.sizes})  # of an export without a step
         config = dict(encoder=enc.name, patch_size=getattr(enc, 'patch_size', None), settings=settings)
         super().__init__(dls, method, seed=seed, lr=lr, every=every, config=config, cbs=cbs, path=path)
 

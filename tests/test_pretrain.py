@@ -138,3 +138,12 @@ def test_old_and_new_run_do_not_mix(make, tmp_path):
     with pytest.raises(DataError, match='holds a run already'): learn.fit_pretrain(1, checkpoint_dir=tmp_path / 'a')
     learn.fit_pretrain(1, checkpoint_dir=tmp_path / 'b')
     assert learn.opt.opt.state_dict()['state'][0]['step'] == len(learn.dls.train)       # a fresh optimiser
+
+
+def test_a_run_that_is_only_resumed_exports_positions_of_its_own_tiles(make, tmp_path):
+    learn = make()
+    learn.fit_pretrain(1, checkpoint_dir=tmp_path / "run")
+    again = make()
+    again.resume(tmp_path / "run")  # ended: no step is taken, so no image tells the encoder its size
+    a, b = (o.method.encoder.timm_state("rgb", o.method.encoder.sizes["rgb"]) for o in (learn, again))
+    assert all(torch.equal(a[k], b[k]) for k in a) and a["pos_embed"].shape == b["pos_embed"].shape
