@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WeightedSum', 'random_state', 'set_random_state', 'seed_all', 'keep_random_state', 'Own', 'Steps', 'param_groups',
-           'accumulated', 'GradAccumulate', 'ClipGrad', 'warmup_cosine', 'cosine', 'WarmupCosine', 'TeacherEMA',
-           'Precision', 'TermRecorder', 'read_log', 'RunLog', 'method_features', 'held_out', 'autocast_like',
+           'accumulated', 'GradAccumulate', 'warmup_cosine', 'cosine', 'WarmupCosine', 'TeacherEMA', 'TermRecorder',
+           'ClipGrad', 'Precision', 'read_log', 'RunLog', 'method_features', 'held_out', 'autocast_like',
            'fixed_sample', 'feature_health', 'CollapseWarning', 'CollapseMonitor', 'knn_vote', 'labelled_ids',
            'tile_batches', 'OnlineKNN', 'atomic_save', 'checkpoints', 'read_checkpoint', 'differences', 'plain',
            'load_weights', 'FullCheckpoint', 'init_distributed', 'Distributed']
@@ -51,6 +51,7 @@ def random_state() -> dict: # name -> uint8 tensor
                 numpy=as_bytes(k, np.array([pos, has], np.int64), np.array([cached])),
                 python=as_bytes(np.array(ints, np.uint32), np.array([np.nan if gauss is None else gauss])))
 
+# %% ../nbs/60_callbacks.ipynb #bfb2e1ea
 def set_random_state(
     state:dict, # what `random_state` gave
 ):
@@ -73,6 +74,7 @@ def seed_all(
     s = int(keys(seed, epoch, torch.tensor([rank()]))) & (2**63 - 1)
     torch.manual_seed(s); np.random.seed(s % 2**32); random.seed(s)
 
+# %% ../nbs/60_callbacks.ipynb #a618146e
 @contextmanager
 def keep_random_state():
     "Whatever is drawn inside leaves no trace"
@@ -97,22 +99,32 @@ class Steps(Own):
         self.at, self.done, self.state, self.fresh = 0, 0, None, False
         n, self.n_batches = accumulated(self.learn), len(self.dls.train)
         self.learn.step, self.learn.n_steps = 0, self.n_epoch*math.ceil(self.n_batches/n)
-    def before_epoch(self): self.ran = False
-    def before_train(self):
-        self.ran = True
-        for o in (self.dls.train, get_model(self.model)):
-            if hasattr(o, 'set_epoch'): o.set_epoch(self.epoch)
-        if self.at: self.dls.train.skip(self.at)
-        self.done, self.at, self.fresh = self.at, 0, True
-    def before_batch(self):
-        if self.fresh and self.state is None: seed_all(self.base, self.epoch)
-        self.after_train()
     def after_step(self): self.learn.step += 1
     def after_batch(self): self.done += 1
-    def after_train(self):
-        if self.state is not None: set_random_state(self.state)
-        self.fresh, self.state = False, None
     def after_fit(self): set_random_state(self.found)
+
+# %% ../nbs/60_callbacks.ipynb #27ba2f70
+@patch
+def before_epoch(self:Steps): self.ran = False
+
+@patch
+def before_train(self:Steps):
+    self.ran = True
+    for o in (self.dls.train, get_model(self.model)):
+        if hasattr(o, 'set_epoch'): o.set_epoch(self.epoch)
+    if self.at: self.dls.train.skip(self.at)
+    self.done, self.at, self.fresh = self.at, 0, True
+
+# %% ../nbs/60_callbacks.ipynb #26d0c147
+@patch
+def before_batch(self:Steps):
+    if self.fresh and self.state is None: seed_all(self.base, self.epoch)
+    self.after_train()
+
+@patch
+def after_train(self:Steps):
+    if self.state is not None: set_random_state(self.state)
+    self.fresh, self.state = False, None
 
 # %% ../nbs/60_callbacks.ipynb #00000015
 def param_groups(
@@ -123,7 +135,10 @@ def param_groups(
         raise DataError(f'optimiser {type(opt).__name__}', fix='Use a torch optimiser in an OptimWrapper.')
     return opt.opt.param_groups
 
-def accumulated(learn) -> int:
+# %% ../nbs/60_callbacks.ipynb #308359bb
+def accumulated(
+    learn, # its callbacks are looked through
+) -> int:
     "Batches per optimiser step"
     return next((cb.n for cb in learn.cbs if isinstance(cb, GradAccumulate)), 1)
 
@@ -135,25 +150,22 @@ class GradAccumulate(Own):
     ):
         if n < 1: raise DataError(f'gradient accumulation over {n} batches', fix='Choose 1 or more.')
         self.n = n
-    def group(self): # batches in this group, and whether this is its last
-        start = self.steps.done//self.n*self.n
-        size = min(self.n, self.steps.n_batches - start)
-        return size, self.steps.done == start + size - 1
-    def before_backward(self):
-        if self.group()[0] > 1: self.learn.loss_grad = self.loss_grad/self.group()[0]
-    def before_step(self):
-        if not self.group()[1]: raise CancelBatchException()   # keeps the gradients
 
-# %% ../nbs/60_callbacks.ipynb #00000017
-class ClipGrad(Own):
-    "Bound the norm of the gradient"
-    order, run_valid = MixedPrecision.order + 1, False
-    def __init__(self,
-        max_norm:float=3., # of all gradients together; inf only measures
-    ): self.max_norm = max_norm
-    def before_step(self):
-        ps = [p for ps in self.opt.param_lists for p in ps if p.grad is not None]
-        self.learn.grad_norm = nn.utils.clip_grad_norm_(ps, self.max_norm).detach()
+# %% ../nbs/60_callbacks.ipynb #c82c57e5
+@patch
+def group(self:GradAccumulate) -> tuple: # batches in this group, and whether this is its last
+    "The group of the batch under way"
+    start = self.steps.done//self.n*self.n
+    size = min(self.n, self.steps.n_batches - start)
+    return size, self.steps.done == start + size - 1
+
+@patch
+def before_backward(self:GradAccumulate):
+    if self.group()[0] > 1: self.learn.loss_grad = self.loss_grad/self.group()[0]
+
+@patch
+def before_step(self:GradAccumulate):
+    if not self.group()[1]: raise CancelBatchException()   # keeps the gradients
 
 # %% ../nbs/60_callbacks.ipynb #00000019
 def warmup_cosine(
@@ -168,7 +180,13 @@ def warmup_cosine(
     if step < up: return peak*(step + 1)/up
     return floor + (peak - floor)*.5*(1 + math.cos(math.pi*min(1., (step - up)/max(1, total - 1 - up))))
 
-def cosine(step:int, total:int, start:float, end:float) -> float:
+# %% ../nbs/60_callbacks.ipynb #2ed8b026
+def cosine(
+    step:int,     # 0 is the first
+    total:int,    # steps of the whole run
+    start:float,  # value at step 0
+    end:float,    # value at the last step, and after it
+) -> float:
     "From `start` at step 0 to `end` at the last step"
     return end + (start - end)*.5*(1 + math.cos(math.pi*min(1., step/max(1, total - 1))))
 
@@ -182,15 +200,22 @@ class WarmupCosine(Own):
         warmup:float=.1,          # share of the steps
         weight_decay:float|tuple|None=None, # of groups that have one; (from, to) = cosine; None = leave
     ): self.lr_max, self.lr_min, self.warmup, self.decay = lr, lr/30 if lr_min is None else lr_min, warmup, weight_decay
-    def before_fit(self): self.old = [(pg['lr'], pg['weight_decay']) for pg in param_groups(self.opt)]
-    def before_batch(self):
-        lr = warmup_cosine(self.learn.step, self.n_steps, self.lr_max, self.lr_min, self.warmup)
-        wd = cosine(self.learn.step, self.n_steps, *self.decay) if isinstance(self.decay, (tuple, list)) else self.decay
-        for pg, (_, old) in zip(param_groups(self.opt), self.old):
-            pg['lr'] = lr
-            if wd is not None and old: pg['weight_decay'] = wd
-    def after_fit(self):
-        for pg, (lr, wd) in zip(param_groups(self.opt), getattr(self, 'old', ())): pg['lr'], pg['weight_decay'] = lr, wd
+
+# %% ../nbs/60_callbacks.ipynb #e510bcb2
+@patch
+def before_fit(self:WarmupCosine): self.old = [(pg['lr'], pg['weight_decay']) for pg in param_groups(self.opt)]
+
+@patch
+def before_batch(self:WarmupCosine):
+    lr = warmup_cosine(self.learn.step, self.n_steps, self.lr_max, self.lr_min, self.warmup)
+    wd = cosine(self.learn.step, self.n_steps, *self.decay) if isinstance(self.decay, (tuple, list)) else self.decay
+    for pg, (_, old) in zip(param_groups(self.opt), self.old):
+        pg['lr'] = lr
+        if wd is not None and old: pg['weight_decay'] = wd
+
+@patch
+def after_fit(self:WarmupCosine):
+    for pg, (lr, wd) in zip(param_groups(self.opt), getattr(self, 'old', ())): pg['lr'], pg['weight_decay'] = lr, wd
 
 # %% ../nbs/60_callbacks.ipynb #0000001e
 class TeacherEMA(Own):
@@ -205,30 +230,6 @@ class TeacherEMA(Own):
         if not self.skipped: get_model(self.model).update_teacher(self.now())
         self.skipped = False
 
-# %% ../nbs/60_callbacks.ipynb #00000020
-class Precision(Own, MixedPrecision):
-    "Autocast (bf16, fp16) on whatever device the model is"
-    name = 'mixed_precision'
-    def __init__(self,
-        mode:str='bf16', # or 'fp16', which scales its gradients and skips steps that overflow
-    ): super().__init__(amp_mode=AMPMode(mode)); self.mode, self.open = mode, False
-    def before_fit(self):
-        kind, half = next(self.model.parameters()).device.type, self.mode == 'fp16'
-        self.autocast = torch.autocast(kind, torch.float16 if half else torch.bfloat16)
-        self.learn.scaler = torch.amp.GradScaler(kind, enabled=half)
-    def before_batch(self): self.autocast.__enter__(); self.open = True
-    def _close(self):
-        if self.open: self.autocast.__exit__(None, None, None)
-        self.open = False
-    def after_loss(self): self._close()
-    def after_cancel_batch(self): self._close()
-    def after_cancel_fit(self): self._close()
-    def before_step(self):
-        self.skipped = True
-        self.scaler.step(self)
-        if self.skipped: raise CancelStepException()
-    def after_fit(self): self._close(); self.autocast, self.learn.scaler = None, None
-
 # %% ../nbs/60_callbacks.ipynb #00000022
 class TermRecorder(Own, Recorder):
     "fastai's Recorder for named terms, which reads the device only at intervals"
@@ -237,21 +238,8 @@ class TermRecorder(Own, Recorder):
         every:int=50, # optimiser steps between two readings
         beta:float=.98, # of the smoothed loss
     ): super().__init__(beta=beta); self.every, self.beta, self.rows = every, beta, []
-    def before_fit(self):
-        self.lrs, self.iters, self.losses, self.values, self.rows, self.log_rows = [], [], [], [], [], []
-        self.names = [k for k, w in get_model(self.model).weights.items() if w]
-        own = [cb for cb in self.learn.cbs.sorted('order') if hasattr(type(cb), 'epoch_values')]
-        self.extra = [(cb, c) for cb in own for c in cb.columns]
-        self.metric_names = L('epoch', 'train_loss', 'valid_loss', *self.names, *(f'valid_{n}' for n in self.names),
-                              *self.metrics.attrgot('name'), *(c for _, c in self.extra), 'time')
-        self.finding = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)   # which looks at every loss
-        self.read_at, self.smooth, self.count, self.part = 0, 0., 0, None
     def before_epoch(self):
         self.sums, self.seen, self.vsums, self.vseen, self.started, self.ran = 0., 0, 0., 0, time.time(), False
-    def before_train(self):
-        if self.part: (self.sums, self.seen), self.part = self.part, None
-        self.tick = self.clock = time.perf_counter()
-        self.ran, self.waited, self.images = True, 0., 0
     def before_validate(self): self.ran = True; self.metrics.map(lambda m: m.reset())
     def after_train(self): self.flush(); self.iters.append(len(self.losses))
     def after_validate(self): pass
@@ -259,11 +247,30 @@ class TermRecorder(Own, Recorder):
     def after_cancel_validate(self): pass
     def after_fit(self): self.flush(share=False)
 
+# %% ../nbs/60_callbacks.ipynb #77800958
+@patch
+def before_fit(self:TermRecorder):
+    self.lrs, self.iters, self.losses, self.values, self.rows, self.log_rows = [], [], [], [], [], []
+    self.names = [k for k, w in get_model(self.model).weights.items() if w]
+    own = [cb for cb in self.learn.cbs.sorted('order') if hasattr(type(cb), 'epoch_values')]
+    self.extra = [(cb, c) for cb in own for c in cb.columns]
+    self.metric_names = L('epoch', 'train_loss', 'valid_loss', *self.names, *(f'valid_{n}' for n in self.names),
+                          *self.metrics.attrgot('name'), *(c for _, c in self.extra), 'time')
+    self.finding = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)   # which looks at every loss
+    self.read_at, self.smooth, self.count, self.part = 0, 0., 0, None
+
 # %% ../nbs/60_callbacks.ipynb #00000023
+@patch
+def before_train(self:TermRecorder):
+    if self.part: (self.sums, self.seen), self.part = self.part, None
+    self.tick = self.clock = time.perf_counter()
+    self.ran, self.waited, self.images = True, 0., 0
+
 @patch
 def before_batch(self:TermRecorder):
     if self.training: self.waited += time.perf_counter() - self.tick
 
+# %% ../nbs/60_callbacks.ipynb #1fd317fb
 @patch
 def after_batch(self:TermRecorder):
     if not isinstance(self.pred, dict): return
@@ -279,17 +286,16 @@ def after_batch(self:TermRecorder):
 
 # %% ../nbs/60_callbacks.ipynb #00000025
 @patch
-def flush(self:TermRecorder, share=True):
-    "Read what has gathered on the device (`share`: mean over the processes)"
+def flush(self:TermRecorder,
+    share=True, # mean over the processes, which all have to call it then
+):
+    "Read what has gathered on the device"
     if not self.rows: return
     rows, n = torch.stack([r for r, _ in self.rows]), np.array([n for _, n in self.rows])
     self.rows, self.read_at = [], self.learn.step
     if share and world() > 1: rows = all_sum(rows)/world()
     rows = rows.double().cpu().numpy()
-    for loss in rows[:, 0]:
-        self.count, self.smooth = self.count + 1, self.beta*self.smooth + (1 - self.beta)*float(loss)
-        self.losses.append(self.smooth/(1 - self.beta**self.count))
-    self.learn.smooth_loss = torch.tensor(self.losses[-1])
+    self._smooth(rows[:, 0])
     total = (rows*n[:, None]).sum(0)
     self.sums, self.seen = self.sums + total, self.seen + int(n.sum())
     self.emit(self._step_row(total/n.sum()))
@@ -297,6 +303,13 @@ def flush(self:TermRecorder, share=True):
     if bad and not self.finding:
         raise FloatingPointError(f'{", ".join(bad)} is not finite at or before step {self.learn.step}. '
                                  'Lower the learning rate, clip harder or use bf16; then resume.')
+
+@patch
+def _smooth(self:TermRecorder, losses):
+    for loss in losses:
+        self.count, self.smooth = self.count + 1, self.beta*self.smooth + (1 - self.beta)*float(loss)
+        self.losses.append(self.smooth/(1 - self.beta**self.count))
+    self.learn.smooth_loss = torch.tensor(self.losses[-1])
 
 # %% ../nbs/60_callbacks.ipynb #00000026
 @patch
@@ -311,8 +324,11 @@ def _step_row(self:TermRecorder, mean) -> dict:
     self.clock, self.images, self.waited = now, 0, 0.
     return {k: v if isinstance(v, (str, int)) else float(v) for k, v in row.items()}
 
+# %% ../nbs/60_callbacks.ipynb #d93c397c
 @patch
-def emit(self:TermRecorder, row:dict):
+def emit(self:TermRecorder,
+    row:dict, # kind, epoch, step, and numbers or strings
+):
     "Keep a row and hand it to every callback that logs"
     self.log_rows.append(row)
     for cb in self.learn.cbs:
@@ -322,11 +338,7 @@ def emit(self:TermRecorder, row:dict):
 @patch
 def after_epoch(self:TermRecorder):
     if not self.ran: return                            # an epoch that `start_epoch` skips
-    value = dict(zip(('train_loss', *self.names), self.sums/self.seen)) if self.seen else {}
-    if self.vseen:
-        v = all_sum(torch.cat([self.vsums, self.vsums.new_tensor([self.vseen])])).cpu().numpy()
-        value |= dict(zip(('valid_loss', *(f'valid_{n}' for n in self.names)), v[:-1]/v[-1]))
-        value |= {m.name: m.value for m in self.metrics}
+    value = self._epoch_means()
     for cb in dict.fromkeys(cb for cb, _ in self.extra): value |= cb.epoch_values()
     row = [None if value.get(c) is None else float(value[c]) for c in self.metric_names[1:-1]]
     self.learn.final_record, took = L(row), time.time() - self.started
@@ -337,16 +349,77 @@ def after_epoch(self:TermRecorder):
     self.sums, self.seen = 0., 0
 
 @patch
-def state(self:TermRecorder) -> dict: # for a checkpoint: the curves and the sums of the epoch that is under way
+def _epoch_means(self:TermRecorder) -> dict:
+    value = dict(zip(('train_loss', *self.names), self.sums/self.seen)) if self.seen else {}
+    if self.vseen:
+        v = all_sum(torch.cat([self.vsums, self.vsums.new_tensor([self.vseen])])).cpu().numpy()
+        value |= dict(zip(('valid_loss', *(f'valid_{n}' for n in self.names)), v[:-1]/v[-1]))
+        value |= {m.name: m.value for m in self.metrics}
+    return value
+
+# %% ../nbs/60_callbacks.ipynb #e809189a
+@patch
+def state(self:TermRecorder) -> dict: # for a checkpoint
+    "The curves and the sums of the epoch that is under way"
     f = lambda o: torch.tensor(o, dtype=torch.float64)
     return dict(losses=f(self.losses), lrs=f(self.lrs), iters=list(self.iters), values=[list(v) for v in self.values],
                 smooth=self.smooth, count=self.count, sums=torch.as_tensor(self.sums), seen=self.seen)
 
 @patch
-def load_state(self:TermRecorder, s:dict):
+def load_state(self:TermRecorder,
+    s:dict, # what `state` gave
+):
+    "Go on from there"
     self.losses, self.lrs, self.iters = s['losses'].tolist(), s['lrs'].tolist(), list(s['iters'])
     self.values, self.smooth, self.count = [L(v) for v in s['values']], s['smooth'], s['count']
     self.part, self.read_at = (s['sums'].numpy(), s['seen']), self.learn.step
+
+# %% ../nbs/60_callbacks.ipynb #00000017
+class ClipGrad(Own):
+    "Bound the norm of the gradient"
+    order, run_valid = MixedPrecision.order + 1, False
+    def __init__(self,
+        max_norm:float=3., # of all gradients together; inf only measures
+    ): self.max_norm = max_norm
+    def before_step(self):
+        ps = [p for ps in self.opt.param_lists for p in ps if p.grad is not None]
+        self.learn.grad_norm = nn.utils.clip_grad_norm_(ps, self.max_norm).detach()
+
+# %% ../nbs/60_callbacks.ipynb #00000020
+class Precision(Own, MixedPrecision):
+    "Autocast (bf16, fp16) on whatever device the model is"
+    name = 'mixed_precision'
+    def __init__(self,
+        mode:str='bf16', # or 'fp16', which scales its gradients and skips steps that overflow
+    ): super().__init__(amp_mode=AMPMode(mode)); self.mode, self.open = mode, False
+    def before_fit(self):
+        kind, half = next(self.model.parameters()).device.type, self.mode == 'fp16'
+        self.autocast = torch.autocast(kind, torch.float16 if half else torch.bfloat16)
+        self.learn.scaler = torch.amp.GradScaler(kind, enabled=half)
+
+# %% ../nbs/60_callbacks.ipynb #b31e38fa
+@patch
+def _close(self:Precision):
+    if self.open: self.autocast.__exit__(None, None, None)
+    self.open = False
+
+@patch
+def before_batch(self:Precision): self.autocast.__enter__(); self.open = True
+@patch
+def after_loss(self:Precision): self._close()
+@patch
+def after_cancel_batch(self:Precision): self._close()
+@patch
+def after_cancel_fit(self:Precision): self._close()
+@patch
+def after_fit(self:Precision): self._close(); self.autocast, self.learn.scaler = None, None
+
+# %% ../nbs/60_callbacks.ipynb #6db53d2c
+@patch
+def before_step(self:Precision):
+    self.skipped = True
+    self.scaler.step(self)
+    if self.skipped: raise CancelStepException()
 
 # %% ../nbs/60_callbacks.ipynb #00000038
 def _rewrite(path:Path, lines):
@@ -372,34 +445,48 @@ class RunLog(Own):
         resume:tuple|None=None,     # (epoch, step) of the checkpoint: rows behind it are dropped; None = start anew
         tensorboard:bool=False,     # also write event files, into path/tensorboard
     ): self.folder, self.resumed, self.tensorboard, self.board, self.files = Path(path), resume, tensorboard, None, ()
-    def before_fit(self):
-        if not is_main(): return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        jsonl, table = self.folder/'log.jsonl', self.folder/'log.csv'
-        epoch, step = self.resumed or (0, -1)
-        rows = read_log(jsonl) if jsonl.exists() else []
-        rows = [r for r in rows if (r['epoch'] < epoch if r['kind'] == 'epoch' else r['step'] <= step)]
-        head = ','.join(self.recorder.metric_names)
-        _rewrite(jsonl, map(json.dumps, rows))
-        _rewrite(table, [head, *(self._line(r) for r in rows if r['kind'] == 'epoch')])
-        self.files = jsonl.open('a'), table.open('a')
-        if self.tensorboard:
-            try: from torch.utils.tensorboard import SummaryWriter
-            except ImportError as e: raise DataError('TensorBoard is not installed', fix="Install rs_selfsup[tensorboard].") from e
-            self.board = SummaryWriter(self.folder/'tensorboard', purge_step=max(0, step))
-    def _line(self, r):
-        values = [r['seconds'] if c == 'time' else r.get(c) for c in self.recorder.metric_names]
-        return ','.join('' if v is None else str(v) for v in values)
-    def on_log(self, row):
-        if not self.files: return
-        self.files[0].write(json.dumps(row) + '\n'); self.files[0].flush()
-        if row['kind'] == 'epoch': self.files[1].write(self._line(row) + '\n'); self.files[1].flush()
-        for k, v in row.items() if self.board else ():
-            if isinstance(v, float): self.board.add_scalar(f"{row['kind']}/{k}", v, row['step'])
     def after_fit(self):
         for f in self.files: f.close()
         if self.board: self.board.close()
         self.files, self.board = (), None
+
+# %% ../nbs/60_callbacks.ipynb #d20b5fe3
+@patch
+def before_fit(self:RunLog):
+    if not is_main(): return
+    self.folder.mkdir(parents=True, exist_ok=True)
+    jsonl, table = self.folder/'log.jsonl', self.folder/'log.csv'
+    epoch, step = self.resumed or (0, -1)
+    rows = read_log(jsonl) if jsonl.exists() else []
+    rows = [r for r in rows if (r['epoch'] < epoch if r['kind'] == 'epoch' else r['step'] <= step)]
+    head = ','.join(self.recorder.metric_names)
+    _rewrite(jsonl, map(json.dumps, rows))
+    _rewrite(table, [head, *(self._line(r) for r in rows if r['kind'] == 'epoch')])
+    self.files = jsonl.open('a'), table.open('a')
+    if self.tensorboard: self._open_board(step)
+
+@patch
+def _open_board(self:RunLog, step):
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e: raise DataError('TensorBoard is not installed', fix="Install rs_selfsup[tensorboard].") from e
+    self.board = SummaryWriter(self.folder/'tensorboard', purge_step=max(0, step))
+
+# %% ../nbs/60_callbacks.ipynb #3aa92fb7
+@patch
+def _line(self:RunLog, r):
+    values = [r['seconds'] if c == 'time' else r.get(c) for c in self.recorder.metric_names]
+    return ','.join('' if v is None else str(v) for v in values)
+
+@patch
+def on_log(self:RunLog,
+    row:dict, # of `TermRecorder.emit`
+):
+    "Write a row where it belongs"
+    if not self.files: return
+    self.files[0].write(json.dumps(row) + '\n'); self.files[0].flush()
+    if row['kind'] == 'epoch': self.files[1].write(self._line(row) + '\n'); self.files[1].flush()
+    for k, v in row.items() if self.board else ():
+        if isinstance(v, float): self.board.add_scalar(f"{row['kind']}/{k}", v, row['step'])
 
 # %% ../nbs/60_callbacks.ipynb #0000003c
 @torch.no_grad()
@@ -418,11 +505,16 @@ def method_features(
     finally:
         for m, t in modes: m.training = t
 
-def held_out(dls):
+# %% ../nbs/60_callbacks.ipynb #01e5f8a8
+def held_out(
+    dls, # `DataLoaders`, of one loader or more
+):
     "The validation loader, or where there is none the one for training"
     return dls.valid if len(dls.loaders) > 1 and len(dls.valid) else dls.train
 
-def autocast_like(learn):
+def autocast_like(
+    learn, # in fp32, or with `Precision`
+):
     "The precision the learner trains in"
     kind = next(learn.model.parameters()).device.type
     mode = getattr(learn.__dict__.get('mixed_precision'), 'mode', None)
@@ -477,15 +569,27 @@ class CollapseMonitor(Own):
         if self.on and not self.history: self.measure()
     def after_batch(self):
         if self.on and self.training and self.learn.step % self.gap == 0: self.measure()
-    def epoch_values(self):
-        if self.on and (self.learn.step >= self.last + self.gap or self.epoch + 1 == self.n_epoch): self.measure()
-        return dict(zip(self.columns, self.history[-1][1:])) if self.history else {}
     def after_fit(self): self.sample = None
-    def state(self):
-        return dict(history=[list(h) for h in self.history], kinds=self.kinds, named=sorted(self.named), last=self.last)
-    def load_state(self, s):
-        self.history, self.kinds = [tuple(h) for h in s['history']], list(s['kinds'])
-        self.named, self.last = set(s['named']), s['last']
+
+# %% ../nbs/60_callbacks.ipynb #c95bf132
+@patch
+def epoch_values(self:CollapseMonitor) -> dict: # for the table
+    "The latest figures; measured anew when the interval has passed, and at the end"
+    if self.on and (self.learn.step >= self.last + self.gap or self.epoch + 1 == self.n_epoch): self.measure()
+    return dict(zip(self.columns, self.history[-1][1:])) if self.history else {}
+
+@patch
+def state(self:CollapseMonitor) -> dict: # for a checkpoint
+    "What was measured and named"
+    return dict(history=[list(h) for h in self.history], kinds=self.kinds, named=sorted(self.named), last=self.last)
+
+@patch
+def load_state(self:CollapseMonitor,
+    s:dict, # what `state` gave
+):
+    "Go on from there"
+    self.history, self.kinds = [tuple(h) for h in s['history']], list(s['kinds'])
+    self.named, self.last = set(s['named']), s['last']
 
 # %% ../nbs/60_callbacks.ipynb #00000043
 @patch
@@ -505,6 +609,7 @@ def measure(self:CollapseMonitor):
     kind = self._judge()
     if kind: self.recorder.emit(dict(kind='event', **where, event='collapse', of=kind, **named))
 
+# %% ../nbs/60_callbacks.ipynb #5f652193
 @patch
 def _judge(self:CollapseMonitor):
     "The kind of collapse that two measurements in a row show, the first time"
@@ -541,7 +646,7 @@ def labelled_ids(
     store,              # has `index` with columns split and label
     split:str,          # 'train' or 'val'
     n:int,              # at most so many, evenly over the classes
-    seed:int=0,
+    seed:int=0,         # of the choice
 ) -> np.ndarray:        # tile ids, sorted
     "A labelled subset, balanced, the same for the same seed"
     index = store.index
@@ -552,7 +657,13 @@ def labelled_ids(
     for c in np.unique(label[ids]): nth[label[ids] == c] = np.arange((label[ids] == c).sum())
     return np.sort(ids[np.argsort(nth, kind='stable')[:n]])
 
-def tile_batches(store, ids, bs:int=64, device='cpu'):
+# %% ../nbs/60_callbacks.ipynb #11445edf
+def tile_batches(
+    store,           # `TileStore`
+    ids,             # (n,) tile ids
+    bs:int=64,       # tiles per batch
+    device='cpu',    # where the batches go
+):
     "Batches of these tiles, as they lie in the store"
     read = TileReader(store, ids, targets=False)
     for at in range(0, len(ids), bs): yield fill_valid(read[0, ids[at:at + bs]].to(device))
@@ -579,18 +690,30 @@ class OnlineKNN(Own):
     def before_train(self):
         if self.why and is_main() and self.epoch == 0:
             self.recorder.emit(dict(kind='event', epoch=0, step=self.learn.step, event='knn skipped', why=self.why))
-    def vectors(self, ids):
-        method, bs = get_model(self.model), max(16, self.dls.train.bs)
-        batches = tile_batches(self.dls.store, ids, bs, next(method.parameters()).device)
-        with autocast_like(self.learn): pairs = [(method_features(method, b, self.which), b.label) for b in batches]
-        return tuple(torch.cat(o) for o in zip(*pairs))
-    def epoch_values(self):
-        if self.why or self.epoch % self.gap and self.epoch + 1 < self.n_epoch: return {}
-        (x, y), (q, t) = map(self.vectors, self.ids)
-        return dict(knn=float((knn_vote(x, y, q, self.k) == t).float().mean()))
+
+# %% ../nbs/60_callbacks.ipynb #cf2fe8b3
+@patch
+def vectors(self:OnlineKNN,
+    ids, # (n,) tile ids
+) -> tuple: # features (n, F), labels (n,)
+    "Features and labels of these tiles now"
+    method, bs = get_model(self.model), max(16, self.dls.train.bs)
+    batches = tile_batches(self.dls.store, ids, bs, next(method.parameters()).device)
+    with autocast_like(self.learn): pairs = [(method_features(method, b, self.which), b.label) for b in batches]
+    return tuple(torch.cat(o) for o in zip(*pairs))
+
+@patch
+def epoch_values(self:OnlineKNN) -> dict: # for the table
+    "The accuracy, every so many epochs and after the last"
+    if self.why or self.epoch % self.gap and self.epoch + 1 < self.n_epoch: return {}
+    (x, y), (q, t) = map(self.vectors, self.ids)
+    return dict(knn=float((knn_vote(x, y, q, self.k) == t).float().mean()))
 
 # %% ../nbs/60_callbacks.ipynb #00000051
-def atomic_save(obj, path:Path):
+def atomic_save(
+    obj,        # what torch can save
+    path:Path,  # in a folder that exists
+):
     "All of it or nothing, also when the machine stops"
     tmp = path.with_name(f'.{path.name}.tmp')
     with open(tmp, 'wb') as f: torch.save(obj, f); f.flush(); os.fsync(f.fileno())
@@ -599,13 +722,24 @@ def atomic_save(obj, path:Path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
+# %% ../nbs/60_callbacks.ipynb #73043d16
 def checkpoints(
-    folder:str|Path,
+    folder:str|Path, # of a run
 ) -> list: # of paths, newest first
     "Checkpoints in a folder, by step"
     return sorted(Path(folder).glob('step-*.ckpt'), key=lambda p: int(re.sub(r'\D', '', p.stem)), reverse=True)
 
 # %% ../nbs/60_callbacks.ipynb #00000052
+def _read(path):
+    try: c = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise DataError(f'cut short or not a checkpoint ({type(e).__name__})', file=path,
+                        fix='Resume from an older one in the same folder.') from e
+    if not isinstance(c, dict) or c.get('format') != 'rs_selfsup.checkpoint':
+        raise DataError('not a checkpoint of this package', file=path, fix='Name a step-*.ckpt file.')
+    return {**c, 'file': str(path)}
+
+# %% ../nbs/60_callbacks.ipynb #b3737986
 def read_checkpoint(
     path:str|Path, # a checkpoint, or a folder of them: the newest that can be read
 ) -> dict:
@@ -623,18 +757,13 @@ def read_checkpoint(
             if p == found[-1]: raise
             warnings.warn(f'{e} Taking the one before.')
 
-def _read(path):
-    try: c = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:
-        raise DataError(f'cut short or not a checkpoint ({type(e).__name__})', file=path,
-                        fix='Resume from an older one in the same folder.') from e
-    if not isinstance(c, dict) or c.get('format') != 'rs_selfsup.checkpoint':
-        raise DataError('not a checkpoint of this package', file=path, fix='Name a step-*.ckpt file.')
-    return {**c, 'file': str(path)}
-
 # %% ../nbs/60_callbacks.ipynb #00000054
-def differences(saved:dict, now:dict, prefix='') -> list:
-    "'name: saved -> now' for every setting that differs"
+def differences(
+    saved:dict,     # settings in the checkpoint
+    now:dict,       # settings of this run
+    prefix='',      # of the names
+) -> list:          # of 'name: saved in the checkpoint, now now'
+    "A line for every setting that differs"
     out = []
     for k in dict.fromkeys((*saved, *now)):
         a, b = saved.get(k, '(not set)'), now.get(k, '(not set)')
@@ -642,14 +771,17 @@ def differences(saved:dict, now:dict, prefix='') -> list:
         elif a != b: out.append(f'{prefix}{k}: {a!r} in the checkpoint, {b!r} now')
     return out
 
-def plain(o):
+# %% ../nbs/60_callbacks.ipynb #dd32b8f7
+def plain(
+    o, # settings: numbers, strings, lists, dicts, tensors, paths, whatever has `to_dict`
+):
     "Settings as JSON would give them back: no tuples, no objects"
     def other(v): return v.tolist() if hasattr(v, 'tolist') else v.to_dict() if hasattr(v, 'to_dict') else str(v)
     return json.loads(json.dumps(o, default=other))
 
 # %% ../nbs/60_callbacks.ipynb #00000056
 def load_weights(
-    module:nn.Module,
+    module:nn.Module, # gets them
     state:dict,     # of `state_dict`
     file='',        # for the error
 ):
@@ -684,16 +816,19 @@ class FullCheckpoint(Own):
         if self.resumed: self.load(self.resumed)
         if threading.current_thread() is threading.main_thread():
             for s in (signal.SIGINT, signal.SIGTERM): self.old[s] = signal.signal(s, self._heard)
-    def after_batch(self):
-        stepped, self.last = self.training and self.learn.step != self.last, self.learn.step
-        if stepped and self.gap and self.learn.step % self.gap == 0: self.save(self.epoch, self.steps.done)
-        if self._stops(stepped):
-            self.save(self.epoch, self.steps.done)
-            raise KeyboardInterrupt(f'stopped at step {self.learn.step} of {self.n_steps}; '
-                                    f'go on with learn.resume({str(self.folder)!r})')
     def after_epoch(self):
         if self.steps.ran: self.save(self.epoch + 1, 0)
     def after_fit(self): self._deaf()
+
+# %% ../nbs/60_callbacks.ipynb #81e908c0
+@patch
+def after_batch(self:FullCheckpoint):
+    stepped, self.last = self.training and self.learn.step != self.last, self.learn.step
+    if stepped and self.gap and self.learn.step % self.gap == 0: self.save(self.epoch, self.steps.done)
+    if self._stops(stepped):
+        self.save(self.epoch, self.steps.done)
+        raise KeyboardInterrupt(f'stopped at step {self.learn.step} of {self.n_steps}; '
+                                f'go on with learn.resume({str(self.folder)!r})')
 
 # %% ../nbs/60_callbacks.ipynb #00000059
 @patch
@@ -708,6 +843,7 @@ def _deaf(self:FullCheckpoint):
     for s, h in getattr(self, 'old', {}).items(): signal.signal(s, h)
     self.old = {}
 
+# %% ../nbs/60_callbacks.ipynb #2f44925f
 @patch
 def _stops(self:FullCheckpoint, stepped):
     "Several processes agree on the step, at the recorder's interval"
@@ -717,7 +853,10 @@ def _stops(self:FullCheckpoint, stepped):
 
 # %% ../nbs/60_callbacks.ipynb #0000005b
 @patch
-def save(self:FullCheckpoint, epoch:int, batch:int):
+def save(self:FullCheckpoint,
+    epoch:int, # where a resumed run begins
+    batch:int, # of that epoch
+):
     "Write the state in front of batch `batch` of epoch `epoch`"
     self.recorder.flush()
     parts, scaler = random_state(), self.learn.__dict__.get('scaler')
@@ -734,8 +873,7 @@ def save(self:FullCheckpoint, epoch:int, batch:int):
 
 # %% ../nbs/60_callbacks.ipynb #0000005c
 @patch
-def load(self:FullCheckpoint, c:dict):
-    "Put everything back"
+def _check(self:FullCheckpoint, c):
     diff = differences(c['config'], self.config)
     if c['n_steps'] != self.n_steps and not diff:
         diff = [f"steps of the whole run: {c['n_steps']} in the checkpoint, {self.n_steps} now"]
@@ -744,6 +882,14 @@ def load(self:FullCheckpoint, c:dict):
                         fix='Use its settings, or start a new run in another folder.')
     if c['package'] != __version__:
         warnings.warn(f"A checkpoint of version {c['package']}, this is {__version__}: the rest of the run may differ.")
+
+# %% ../nbs/60_callbacks.ipynb #f13f3f02
+@patch
+def load(self:FullCheckpoint,
+    c:dict, # what `read_checkpoint` gave
+):
+    "Put everything back"
+    self._check(c)
     load_weights(get_model(self.model), c['model'], c['file'])
     self.opt.opt.load_state_dict(c['opt'])
     if c['scaler'] and self.learn.__dict__.get('scaler'): self.learn.scaler.load_state_dict(c['scaler'])
@@ -773,27 +919,32 @@ class Distributed(Own):
     def __init__(self,
         find_unused_parameters:bool=False, # needed when a step leaves some parameters without gradient
     ): self.unused, self.ddp, self.quiet = find_unused_parameters, None, None
-    def before_fit(self):
-        if not init_distributed(): return
-        self.bare, ids = self.learn.model, None
-        if next(self.bare.parameters()).is_cuda:
-            ids = [torch.cuda.current_device()]
-            self.bare.to(torch.device('cuda', ids[0]))
-        self.ddp = nn.parallel.DistributedDataParallel(self.bare, device_ids=ids, find_unused_parameters=self.unused)
-        if not is_main():
-            self.quiet = self.learn.logger, self.learn.create_mbar
-            self.learn.logger, self.learn.create_mbar = noop, False
-            for cb in self.learn.cbs:
-                if isinstance(cb, ProgressCallback): cb.run = False
     def before_train(self):
         if self.ddp: self.learn.model = self.ddp
-    def before_batch(self):
-        if self.ddp and self.training:
-            acc = next((cb for cb in self.learn.cbs if isinstance(cb, GradAccumulate)), None)
-            self.ddp.require_backward_grad_sync = acc is None or acc.group()[1]      # what no_sync() sets
     def after_train(self):
         if self.ddp: self.learn.model = self.bare
     def after_fit(self):
         if self.ddp: self.learn.model = self.bare
         if self.quiet: self.learn.logger, self.learn.create_mbar = self.quiet
         self.ddp = self.quiet = None
+
+# %% ../nbs/60_callbacks.ipynb #99f226a3
+@patch
+def before_fit(self:Distributed):
+    if not init_distributed(): return
+    self.bare, ids = self.learn.model, None
+    if next(self.bare.parameters()).is_cuda:
+        ids = [torch.cuda.current_device()]
+        self.bare.to(torch.device('cuda', ids[0]))
+    self.ddp = nn.parallel.DistributedDataParallel(self.bare, device_ids=ids, find_unused_parameters=self.unused)
+    if not is_main():
+        self.quiet = self.learn.logger, self.learn.create_mbar
+        self.learn.logger, self.learn.create_mbar = noop, False
+        for cb in self.learn.cbs:
+            if isinstance(cb, ProgressCallback): cb.run = False
+
+@patch
+def before_batch(self:Distributed):
+    if self.ddp and self.training:
+        acc = next((cb for cb in self.learn.cbs if isinstance(cb, GradAccumulate)), None)
+        self.ddp.require_backward_grad_sync = acc is None or acc.group()[1]      # what no_sync() sets

@@ -48,6 +48,7 @@ def patchify(
     x = x.reshape(B, C, H // patch, patch, W // patch, patch)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(B, (H // patch) * (W // patch), C * patch * patch)
 
+# %% ../nbs/40_encoders.ipynb #9a1b7fc9
 def take(
     x:Tensor,            # (B, N, D)
     index:Tensor,        # (B, K) long
@@ -68,17 +69,24 @@ class Stem(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(bands, dim, patch, patch, bias=bias)
         self.norm = norm or nn.Identity()
-    def forward(self, patches): return self.norm(F.linear(patches, self.proj.weight.flatten(1), self.proj.bias))
+    def forward(self,
+        patches:Tensor,      # (B, K, bands*patch*patch)
+    ) -> Tensor:             # (B, K, dim)
+        "Embed patches that are cut already."
+        return self.norm(F.linear(patches, self.proj.weight.flatten(1), self.proj.bias))
 
 # %% ../nbs/40_encoders.ipynb #00000015
 COLOURS = dict(red=(0, (620, 690)), green=(1, (520, 600)), blue=(2, (450, 520)))   # RGB channel, nanometres
 
-def band_colour(band) -> int|None:
+def band_colour(
+    band,                # a `Band`
+) -> int|None:
     "0, 1 or 2 when a band is red, green or blue by its name or else its wavelength; None otherwise."
     name = band.name.lower()
     for colour, (i, (lo, hi)) in COLOURS.items():
         if name in (colour, colour[0]) or band.wavelength and lo <= band.wavelength < hi: return i
 
+# %% ../nbs/40_encoders.ipynb #70c1d1f1
 def adapt_stem(
     weight:Tensor,       # (D, C, p, p) weights of an RGB (C = 3) or any other patch embedding
     modality:Modality,   # bands of the new stem
@@ -100,6 +108,7 @@ def _misfit(vit) -> str|None:
     if vit.pos_embed is None: return "has no position table (pass pos_embed='learn')"
     if vit.embed_dim % 4: return f'is {vit.embed_dim} wide; 2-D sine-cosine positions need a multiple of 4'
 
+# %% ../nbs/40_encoders.ipynb #0b47cb74
 def create_vit(
     name:str,                # timm name, or a model
     pretrained:bool=False,   # timm's weights
@@ -127,6 +136,7 @@ def _init_linear(m):
     nn.init.xavier_uniform_(m.weight.data.flatten(1))
     if m.bias is not None: nn.init.zeros_(m.bias)
 
+# %% ../nbs/40_encoders.ipynb #03d620e8
 def _stem_from(old:PatchEmbed, modality:Modality, patch:int, adapt:bool) -> Stem:
     "A stem for a modality, made after a timm patch embedding."
     stem = Stem(modality.n_bands, patch, old.proj.out_channels, old.proj.bias is not None, copy.deepcopy(old.norm))
@@ -172,8 +182,11 @@ class MultiModalViT(nn.Module):
 
 # %% ../nbs/40_encoders.ipynb #00000022
 @patch
-def grid(self:MultiModalViT, mod:str, size:tuple) -> tuple:
-    "(gh, gw) tokens for an image of `size` (H, W) px."
+def grid(self:MultiModalViT,
+    mod:str,                 # modality
+    size:tuple,              # (H, W) px of an image
+) -> tuple:                  # (gh, gw)
+    "Tokens down and across."
     p = self.patch_size[mod]
     for s in size:
         if s % p or s < p:
@@ -205,9 +218,13 @@ def positions(self:MultiModalViT,
             self._positions[key] = sincos(ground_positions(grid, token, device), dim or self.embed_dim)
     return self._positions[key]
 
+# %% ../nbs/40_encoders.ipynb #5a329125
 @patch
-def patches(self:MultiModalViT, x:Tensor, mod:str) -> Tensor:
-    "(B, C, H, W) normalised -> (B, N, C*p*p), bands and size checked."
+def patches(self:MultiModalViT,
+    x:Tensor,                # (B, C, H, W) normalised
+    mod:str,                 # its modality
+) -> Tensor:                 # (B, N, C*p*p)
+    "Cut an image, bands and size checked."
     want = self.stem(mod).proj.in_channels
     if self.shared_stem and x.shape[1] == 1: x = x.expand(-1, 3, -1, -1)
     if x.shape[1] != want:
@@ -232,8 +249,12 @@ def tokens(self:MultiModalViT,
     return self.stem(mod)(take(patches, index)) + pos[index]
 
 @patch
-def embed(self:MultiModalViT, x:Tensor, mod:str, gsd:float|None=None) -> Tensor:
-    "(B, C, H, W) normalised -> (B, N, D) tokens with positions, before the transformer."
+def embed(self:MultiModalViT,
+    x:Tensor,                # (B, C, H, W) normalised
+    mod:str,                 # its modality
+    gsd:float|None=None,     # metres per pixel; None = the modality's
+) -> Tensor:                 # (B, N, D)
+    "All tokens with positions, before the transformer."
     return self.tokens(self.patches(x, mod), mod, self.grid(mod, x.shape[-2:]), gsd=gsd)
 
 # %% ../nbs/40_encoders.ipynb #0000002b
@@ -258,6 +279,7 @@ def trunk(self:MultiModalViT,
     x = vit.fc_norm(vit.norm(x))
     return x if n == 1 else torch.cat([x[:, :1], x[:, n:]], 1)
 
+# %% ../nbs/40_encoders.ipynb #8d7458aa
 @patch
 def forward(self:MultiModalViT,
     x:Tensor,                    # (B, C, H, W) normalised
@@ -289,6 +311,7 @@ def token_shares(
     "The valid share of each token's pixels."
     return F.avg_pool2d(valid.float(), patch).flatten(1)
 
+# %% ../nbs/40_encoders.ipynb #7788937f
 @patch
 def features(self:MultiModalViT,
     images:dict,                 # modality -> (B, C, H, W) normalised

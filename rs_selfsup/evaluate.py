@@ -59,6 +59,9 @@ def extract_features(
         encoder.train(was_training)
     return _stack(rows)
 
+# %% ../nbs/62_evaluate.ipynb #642ff61a
+def _names(modality, images): return [modality] if isinstance(modality, str) else list(modality or images)
+
 
 def _stack(rows):
     if not rows:
@@ -90,9 +93,6 @@ def band_statistics(
         rows.append((x.cpu(), batch.label.cpu(), batch.tile.cpu()))
     return _stack(rows)
 
-
-def _names(modality, images): return [modality] if isinstance(modality, str) else list(modality or images)
-
 # %% ../nbs/62_evaluate.ipynb #0000000f
 @torch.no_grad()
 def knn_predict(
@@ -118,8 +118,8 @@ def fit_logistic(
     x: Tensor,  # (n, F) float32, standardised
     y: Tensor,  # (n,) int64
     C: float,  # inverse regularisation, as in scikit-learn
-    n_classes: int,
-    start: Tensor | None = None,  # (F+1, n_classes): weights to start from
+    n_classes: int,  # labels are 0 to n_classes - 1
+    start: Tensor | None = None,  # (F+1, n_classes): weights to start from; None: zero
     max_iter: int = 200,  # L-BFGS iterations
 ) -> Tensor:  # (F+1, n_classes), last row the bias
     "Multinomial logistic regression by L-BFGS."
@@ -137,10 +137,20 @@ def fit_logistic(
     return W.detach()
 
 # %% ../nbs/62_evaluate.ipynb #00000017
-def accuracy(pred, label): return float(np.mean(pred == label))
+def accuracy(
+    pred,  # (n,) int
+    label,  # (n,) int
+) -> float:
+    "Share of rows that are right."
+    return float(np.mean(pred == label))
 
 
-def balanced_accuracy(pred, label): return float(np.mean([np.mean(pred[label == c] == c) for c in np.unique(label)]))
+def balanced_accuracy(
+    pred,  # (n,) int
+    label,  # (n,) int; a class that is not in it does not count
+) -> float:
+    "Mean over the classes of the share of their rows that are right."
+    return float(np.mean([np.mean(pred[label == c] == c) for c in np.unique(label)]))
 
 
 METRICS = dict(accuracy=accuracy, balanced_accuracy=balanced_accuracy)
@@ -151,9 +161,9 @@ def bootstrap_interval(
     label: np.ndarray,  # (n,) int
     metric: str = "accuracy",  # or 'balanced_accuracy'
     groups: np.ndarray | None = None,  # (n,) which rows are not independent (scene, block); None: every row stands alone
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    draws: int = 1000,  # resampled test sets
+    level: float = 0.95,  # share of the draws inside
+    seed: int = 0,  # of the draws
 ) -> tuple[float, float]:
     "Percentile bootstrap interval of a score."
     g, score = np.random.default_rng(seed), METRICS[metric]
@@ -173,21 +183,21 @@ class ProbeResult:
     "What a linear probe found."
     score: float  # on the test split
     lo: float  # bootstrap interval
-    hi: float
+    hi: float  # its upper end
     C: float  # the regularisation chosen on the validation split
     val: float  # score on the validation split at that C
     n_train: int  # labelled tiles used
     pred: np.ndarray  # (n_test,) predicted classes
 
-
+# %% ../nbs/62_evaluate.ipynb #e635634a
 def linear_probe(
-    train: Features,
+    train: Features,  # what is fitted
     val: Features,  # chooses C; nothing is fitted on it
     test: Features,  # scored once
-    metric: str = "accuracy",
+    metric: str = "accuracy",  # or 'balanced_accuracy'
     Cs=tuple(10.0 ** np.arange(-4, 3)),  # candidates, from strongly regularised to hardly
     groups: np.ndarray | None = None,  # (n_test,) units of the bootstrap
-    max_iter: int = 200,
+    max_iter: int = 200,  # L-BFGS iterations per candidate
     draws: int = 1000,  # of the bootstrap; 0: no interval
 ) -> ProbeResult:
     "Linear probe on frozen features: fit on `train`, choose C on `val`, score on `test`."
@@ -205,7 +215,7 @@ def linear_probe(
     lo, hi = bootstrap_interval(pred, test.label, metric, groups, draws) if draws else (math.nan, math.nan)
     return ProbeResult(METRICS[metric](pred, test.label), lo, hi, float(best[1]), best[0], len(train), pred)
 
-
+# %% ../nbs/62_evaluate.ipynb #4c23e6d2
 def _classes(x, W): return (x @ W[:-1] + W[-1]).argmax(1).numpy()
 
 
@@ -221,7 +231,7 @@ def _check_labels(*splits):
 def label_fraction(
     label: np.ndarray,  # (n,) int, -1: none
     fraction: float,  # 0..1 of the labelled rows
-    seed: int = 0,
+    seed: int = 0,  # of the choice
 ) -> np.ndarray:  # row numbers, sorted
     "A stratified subset of the labelled rows, nested over fractions."
     if not 0 < fraction <= 1:
@@ -236,12 +246,12 @@ def label_fraction(
 # %% ../nbs/62_evaluate.ipynb #00000023
 def probe(
     name: str,  # what the features are; first column of the table
-    train: Features,
-    val: Features,
-    test: Features,
+    train: Features,  # tiles without a label are left out, here and below
+    val: Features,  # chooses C
+    test: Features,  # scored once
     fractions=(1.0,),  # of the training labels
     seed: int = 0,  # of the label subsets
-    metric: str = "accuracy",
+    metric: str = "accuracy",  # or 'balanced_accuracy'
     k: int = 20,  # neighbours of the kNN score
     groups: np.ndarray | None = None,  # (n_test,) units of the bootstrap, rows of `test`
     **kwargs,  # to `linear_probe`
@@ -258,10 +268,10 @@ def probe(
         rows.append(dict(features=name, labels=fraction, n=len(part), seed=seed, knn=neighbours, linear=r.score, lo=r.lo, hi=r.hi, C=r.C))
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/62_evaluate.ipynb #81be0442
 def mean_interval(
     values,  # one figure per seed
-    level: float = 0.95,
+    level: float = 0.95,  # how often it holds the true mean
 ) -> tuple[float, float, float]:  # mean, lower, upper
     "Mean over seeds with its t interval; the interval is infinite for a single seed."
     from scipy import stats
@@ -276,7 +286,7 @@ def mean_interval(
 def summarize(
     table: pd.DataFrame,  # rows of `probe`, several seeds
     by=("features", "labels"),  # columns that stay
-    scores=("knn", "linear"),
+    scores=("knn", "linear"),  # columns to join
 ) -> pd.DataFrame:
     "Mean and 95 % interval over seeds of every score."
     rows = []
@@ -287,11 +297,11 @@ def summarize(
         rows.append(row | dict(seeds=len(part)))
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/62_evaluate.ipynb #5d2ae77f
 def plot_table(
     table: pd.DataFrame,  # of `summarize`
-    score: str = "linear",
-    ax=None,
+    score: str = "linear",  # or 'knn'
+    ax=None,  # of matplotlib; None: a new figure
 ):
     "Score against the fraction of labels, a line per kind of features, the interval as a bar."
     import matplotlib.pyplot as plt
@@ -308,7 +318,7 @@ def plot_table(
 # %% ../nbs/62_evaluate.ipynb #0000002b
 def random_like(
     encoder: nn.Module,  # a `MultiModalViT`
-    seed: int = 0,
+    seed: int = 0,  # of the weights
 ) -> nn.Module:
     "The same architecture at random initialisation."
     with torch.random.fork_rng(devices=[]):
@@ -317,25 +327,30 @@ def random_like(
         twin = type(encoder)(encoder.name, encoder.modalities, encoder.anchor, patch_size=patch, shared_stem=encoder.shared_stem, **encoder.timm_kw)
     return twin.to(next(encoder.parameters()).device)
 
-
-def split_features(store, read, splits=("train", "val", "test"), **kwargs) -> list[Features]:
-    "`read(loader)` for every split; keywords go to `eval_loader`."
+# %% ../nbs/62_evaluate.ipynb #71442e9f
+def split_features(
+    store,  # `TileStore`
+    read,  # loader -> `Features`
+    splits=("train", "val", "test"),  # in the order of the result
+    **kwargs,  # to `eval_loader`
+) -> list[Features]:
+    "`read(loader)` for every split."
     from rs_selfsup.data.loading import eval_loader
 
     return [read(eval_loader(store, s, **kwargs)) for s in splits]
 
-
+# %% ../nbs/62_evaluate.ipynb #b46143cf
 def probe_table(
     encoder: nn.Module,  # a `MultiModalViT`
     store,  # `TileStore` with labels in train, val and test
     normalize=None,  # `Normalize` the encoder was trained with; None: the store's own statistics
     fractions=(1.0,),  # of the training labels
     seeds: int = 5,  # label subsets and random initialisations
-    pool: str = "mean",
+    pool: str = "mean",  # of `extract_features`
     modality: str | list | None = None,  # None: every modality the encoder knows
-    metric: str = "accuracy",
+    metric: str = "accuracy",  # or 'balanced_accuracy'
     bs: int = 64,  # tiles per batch
-    progress: bool = False,
+    progress: bool = False,  # show a bar
     name: str = "pre-trained",  # of the encoder's rows
     **kwargs,  # to `linear_probe`
 ) -> pd.DataFrame:

@@ -31,24 +31,26 @@ from .modalities import DataError
 
 # %% ../nbs/61_pretrain.ipynb #00000007
 def decay_groups(
-    model:nn.Module,
+    model:nn.Module, # a method, or any model
 ) -> list: # [parameters that decay, those that do not]; frozen ones are in neither
     "Matrices decay, vectors and scalars do not"
     ps = [p for p in model.parameters() if p.requires_grad]
     return [[p for p in ps if p.ndim > 1], [p for p in ps if p.ndim < 2]]
 
+# %% ../nbs/61_pretrain.ipynb #a281e88c
 def adamw(
     groups:list,            # of parameter lists: the first decays
-    lr:float,
-    betas:tuple=(.9, .95),
-    weight_decay:float=.05,
-    eps:float=1e-8,
-    fused:bool=True,
+    lr:float,               # of all groups, until a schedule sets it
+    betas:tuple=(.9, .95),  # of the mean and of the square; .95 forgets outliers sooner than torch's .999
+    weight_decay:float=.05, # of the first group
+    eps:float=1e-8,         # torch's own
+    fused:bool=True,        # one kernel for all parameters
 ) -> OptimWrapper:
     "torch's AdamW for fastai"
     groups = [dict(params=list(ps), weight_decay=weight_decay*(i == 0)) for i, ps in enumerate(groups) if len(ps)]
     return OptimWrapper(opt=torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused))
 
+# %% ../nbs/61_pretrain.ipynb #3bf9305a
 def default_lr(
     batch:int,              # global: samples per optimiser step over all processes
     base:float=1.5e-4,      # for 256 samples
@@ -90,12 +92,20 @@ class PretrainLearner(Learner):
 
 # %% ../nbs/61_pretrain.ipynb #0000000b
 @patch
-def fit(self:PretrainLearner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+def fit(self:PretrainLearner,
+    n_epoch:int,            # of the whole run
+    lr:float|None=None,     # None = the Learner's
+    wd:float|None=None,     # weight decay of all groups; None = the optimiser's
+    cbs=None,               # more callbacks, for this fit
+    reset_opt:bool=False,   # begin with a new optimiser
+    start_epoch:int=0,      # the first that is run
+):
     "fastai's `fit`; epochs before `start_epoch` are not even entered"
     self.start_epoch = start_epoch
     try: super(PretrainLearner, self).fit(n_epoch, lr=lr, wd=wd, cbs=cbs, reset_opt=reset_opt)
     finally: self.start_epoch = 0
 
+# %% ../nbs/61_pretrain.ipynb #3c474d5b
 @patch
 def _do_fit(self:PretrainLearner):
     for self.epoch in range(self.start_epoch, self.n_epoch):
@@ -108,6 +118,7 @@ def _with_events(self:PretrainLearner, f, event_type, ex, final=noop):
         if event_type == 'fit': self('after_cancel_fit'); self('after_fit'); final()
         raise
 
+# %% ../nbs/61_pretrain.ipynb #a4ddaf9e
 @patch
 def __call__(self:PretrainLearner, names):
     for name in [names] if isinstance(names, str) else names: self._call_one(name)
@@ -117,11 +128,12 @@ def _call_one(self:PretrainLearner, name):
     for cb in sorted(self.cbs, key=lambda cb: cb.order):
         if name == 'after_fit' or type(cb).__call__ is not Callback.__call__ or hasattr(type(cb), name): cb(name)
 
+# %% ../nbs/61_pretrain.ipynb #872c8401
 @patch
 def all_batches(self:PretrainLearner):
     self.n_iter = len(self.dl)
     for i, b in enumerate(self.dl, self.steps.done if self.training else 0):
-        if self.training or len(b[0]) > 1: self.one_batch(i, b)                  # a validation set may leave a batch of one: nothing to compare
+        if self.training or len(b[0]) > 1: self.one_batch(i, b)
 
 @patch
 def _set_device(self:PretrainLearner, b):
@@ -135,7 +147,9 @@ def _do_epoch_validate(self:PretrainLearner, ds_idx=1, dl=None):
     super(PretrainLearner, self)._do_epoch_validate(ds_idx, dl)
 
 # %% ../nbs/61_pretrain.ipynb #0000000f
-def data_settings(dls) -> dict:
+def data_settings(
+    dls, # `DataLoaders`; what it does not have is None
+) -> dict:
     "What of the data decides the weights"
     bands = {m: [b.name for b in mod.bands] for m, mod in (getattr(dls, 'modalities', None) or {}).items()}
     return dict(batch_size=dls.train.bs, batches=len(dls.train), modalities=bands,
@@ -181,12 +195,15 @@ def fit_pretrain(self:PretrainLearner,
 
 # %% ../nbs/61_pretrain.ipynb #00000011
 @patch
-def run_config(self:PretrainLearner, fit:dict) -> dict:
+def run_config(self:PretrainLearner,
+    fit:dict, # settings of `fit_pretrain`
+) -> dict:
     "Everything that decides the weights"
     precision = getattr(self.__dict__.get('mixed_precision'), 'mode', 'fp32')
     return dict(method=type(self.method).__name__, seed=self.seed, **self.settings, weights=dict(self.method.weights),
                 data=data_settings(self.dls), fit=fit, precision=precision, processes=world())
 
+# %% ../nbs/61_pretrain.ipynb #b193dd5e
 @patch
 def _checkpoint(self:PretrainLearner, folder, resume):
     if isinstance(resume, dict): return resume
@@ -198,6 +215,7 @@ def _checkpoint(self:PretrainLearner, folder, resume):
     if folder is None: raise DataError('resume without a checkpoint_dir', fix='Name the folder of the run.')
     return None if resume == 'auto' and not there else read_checkpoint(folder)
 
+# %% ../nbs/61_pretrain.ipynb #69588440
 @patch
 def resume(self:PretrainLearner,
     path:str|Path,      # folder of a run, or one of its checkpoints
@@ -211,11 +229,17 @@ def resume(self:PretrainLearner,
     self.fit_pretrain(**{**c['config']['fit'], **where, **kw})
 
 # %% ../nbs/61_pretrain.ipynb #00000013
-def build_encoder(dls, encoder='vit_small_patch16_224', patch_size=None, **kw) -> MultiModalViT:
+def build_encoder(
+    dls,                               # has `modalities` and `anchor`
+    encoder='vit_small_patch16_224',   # timm name, or a `MultiModalViT`, which is taken as it is
+    patch_size:int|None=None,          # px of the anchor; None = the timm model's
+    **kw                               # of `MultiModalViT` and timm
+) -> MultiModalViT:
     "A `MultiModalViT` for the modalities of `dls`"
     if isinstance(encoder, MultiModalViT): return encoder
     return MultiModalViT(encoder, dls.modalities, dls.anchor, patch_size=patch_size, **kw)
 
+# %% ../nbs/61_pretrain.ipynb #74b54911
 class MSSDFLearner(PretrainLearner):
     "Masked latent prediction across modalities"
     def __init__(self,
@@ -239,12 +263,26 @@ class MSSDFLearner(PretrainLearner):
         super().__init__(dls, model, seed=seed, lr=lr, every=every, config=config, cbs=cbs, path=path)
 
 # %% ../nbs/61_pretrain.ipynb #00000015
+def _pictures(method, batch):
+    "Per sample: (title, picture) of image, what the student sees, features, for every modality"
+    from rs_selfsup.show import to_rgb
+    v, z = method.visualize(batch), method.normalize(batch.images, None if batch.full else batch.valid)
+    rows = [[] for _ in range(len(batch))]
+    for m, features in v['features'].items():
+        x, hidden = method.normalize.physical(z[m].float(), m).cpu().numpy(), v['masks'][m].float().cpu()
+        for i, row in enumerate(rows):
+            image = to_rgb(x[i], method.encoder.modalities[m], batch.valid[m][i, 0].cpu().numpy())
+            h = F.interpolate(hidden[i][None, None], image.shape[:2], mode='nearest')[0, 0, :, :, None].numpy()
+            row += [(m, image), ('student sees', image*(1 - h) + .5*h), ('features', features[i].float().cpu().numpy())]
+    return rows
+
+# %% ../nbs/61_pretrain.ipynb #3df607ac
 @patch
 def show_results(self:PretrainLearner,
     batch=None,         # a `Batch`; None = the first of the validation set
     max_n:int=3,        # samples
     figsize:tuple|None=None, # inches; None = 1.6 per picture
-    dpi:int=70,
+    dpi:int=70,         # of the figure
 ):
     "Image, mask and features (`method.visualize`) of a few tiles; the figure"
     import matplotlib.pyplot as plt
@@ -259,19 +297,6 @@ def show_results(self:PretrainLearner,
             ax.imshow(image); ax.set_axis_off()
             if i == 0: ax.set_title(title, fontsize=8)
     return fig
-
-def _pictures(method, batch):
-    "Per sample: (title, picture) of image, what the student sees, features, for every modality"
-    from rs_selfsup.show import to_rgb
-    v, z = method.visualize(batch), method.normalize(batch.images, None if batch.full else batch.valid)
-    rows = [[] for _ in range(len(batch))]
-    for m, features in v['features'].items():
-        x, hidden = method.normalize.physical(z[m].float(), m).cpu().numpy(), v['masks'][m].float().cpu()
-        for i, row in enumerate(rows):
-            image = to_rgb(x[i], method.encoder.modalities[m], batch.valid[m][i, 0].cpu().numpy())
-            h = F.interpolate(hidden[i][None, None], image.shape[:2], mode='nearest')[0, 0, :, :, None].numpy()
-            row += [(m, image), ('student sees', image*(1 - h) + .5*h), ('features', features[i].float().cpu().numpy())]
-    return rows
 
 # %% ../nbs/61_pretrain.ipynb #00000016
 @patch

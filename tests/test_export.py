@@ -1,15 +1,19 @@
 "Exported files: what plain timm does with them, and what happens to files that are something else."
 
+import argparse
 import pickle
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 
+from rs_selfsup.backbones import Backbone
+from rs_selfsup.data.augment import Normalize
 from rs_selfsup.encoders import MultiModalViT
-from rs_selfsup.export import create_timm, export_encoder, init_encoder, load_encoder, load_weights, read_header
+from rs_selfsup.export import create_timm, export_encoder, init_encoder, load_encoder, load_weights, read_checkpoint, read_header, strip_names
 from rs_selfsup.modalities import DataError, preset
 
 TINY = dict(embed_dim=48, depth=2, num_heads=3)
@@ -146,7 +150,6 @@ def test_init_from_an_export(enc, tmp_path):
 
 
 def test_the_header_says_how_to_normalise(enc, tmp_path):
-    from rs_selfsup.data.augment import Normalize
     stats = {m: dict(mean=[7.0] * v.n_bands, std=[2.0] * v.n_bands, p01=[0.0] * v.n_bands, p99=[9.0] * v.n_bands) for m, v in MODS.items()}
     file = export_encoder(enc, tmp_path / "e.safetensors", modality="all", stats=stats, normalize=Normalize(MODS, stats))
     recipe = load_encoder(file).recipe
@@ -155,3 +158,161 @@ def test_the_header_says_how_to_normalise(enc, tmp_path):
     r = recipe["dsm"]
     y = (x - (x.mean() if r["minus_tile_mean"] else 0) - r["mean"][0]) / r["std"][0]
     torch.testing.assert_close(Normalize(MODS, stats)(dict(dsm=x))["dsm"], y)
+
+
+# Backbones
+
+SWIN = dict(img_size=32, depths=(1, 1), embed_dim=24, num_heads=(1, 2))
+CNNS = dict(mobilenetv3_small_050={}, convnext_atto=dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)), swin_tiny_patch4_window7_224=SWIN)
+
+
+def stats_of(mods):
+    return {m: dict(mean=[7.0] * v.n_bands, std=[2.0] * v.n_bands, p01=[0.0] * v.n_bands, p99=[9.0] * v.n_bands) for m, v in mods.items()}
+
+
+@pytest.mark.parametrize("name", CNNS)
+def test_backbone_is_strictly_loadable_into_plain_timm(name, tmp_path):
+    e = Backbone(name, MODS, "rgb", **CNNS[name]).eval()
+    for m in ("rgb", "s1"):
+        file = export_encoder(e, tmp_path / "e.safetensors", modality=m, stats=stats_of(MODS), normalize=Normalize(MODS, stats_of(MODS)))
+        plain = timm.create_model(name, in_chans=MODS[m].n_bands, num_classes=0, **CNNS[name]).eval()
+        plain.load_state_dict(load_file(file), strict=True)
+        x = torch.randn(2, MODS[m].n_bands, 32, 32)
+        y = e.feature_map(x, m)
+        for other in (load_encoder(file), e):
+            torch.testing.assert_close(other.feature_map(x, m), y)
+        torch.testing.assert_close(create_timm(file)(x), plain(x))
+        h = read_header(file)
+        assert (h["kind"], h["modality"], list(h["modalities"])) == ("backbone", m, [m])
+        assert h["normalize"][m] == dict(mean=[7] * MODS[m].n_bands, std=[2] * MODS[m].n_bands, minus_tile_mean=False) and h["stats"][m]["std"][0] == 2
+    assert create_timm(file, num_classes=5)(x).shape == (2, 5)
+
+
+@pytest.mark.parametrize("channels", [None, 1])
+def test_every_first_convolution(channels, tmp_path):
+    e = Backbone("mobilenetv3_small_050", MODS, "rgb", channels=channels, mask_at="blocks.0").eval()
+    e.sizes["dsm"] = (64, 96)
+    back = load_encoder(export_encoder(e, tmp_path / "e.safetensors", modality="all"))
+    assert list(back.state_dict()) == list(e.state_dict()) and all(torch.equal(v, back.state_dict()[k]) for k, v in e.state_dict().items())
+    assert (back.channels, back.mask_at, back.sizes, list(back.modalities)) == (channels, "blocks.0", e.sizes, list(MODS))
+    one = load_encoder(export_encoder(e, tmp_path / "s1.safetensors", modality="s1"))
+    x = torch.randn(1, channels or 2, 32, 32)
+    torch.testing.assert_close(one.feature_map(x, "s1"), e.feature_map(x, "s1"))
+    assert create_timm(tmp_path / "e.safetensors", "dsm")(torch.randn(1, 1, 32, 32)).shape == (1, 1024)
+
+
+def test_an_export_leaves_the_random_numbers_alone(enc, tmp_path):
+    state = torch.get_rng_state()
+    export_encoder(enc, tmp_path / "a.safetensors")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_header_as_long_as_a_pickle_is_marked(tmp_path):
+    "The first bytes of a safetensors file are a length, which may be that of a pickle's mark"
+    for length in (0x0280, 0x0480, 0x4B50):                                          # '\x80\x02', '\x80\x04', 'PK'
+        for fill in range(length - 200, length):
+            save_file(dict(a=torch.zeros(2)), tmp_path / "x", dict(note="n" * fill))
+            if int.from_bytes((tmp_path / "x").read_bytes()[:8], "little") == length:
+                break
+        else:
+            pytest.fail("no such header")
+        assert read_checkpoint(tmp_path / "x")["a"].shape == (2,)
+
+
+# Weights from elsewhere
+
+
+def vit_state(**kw):
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=3, **TINY, **kw).state_dict()
+
+
+def as_file(kind, state, path):
+    "The state dict as it lies in the checkpoints of others"
+    zero = {k: torch.zeros_like(v) for k, v in state.items()}
+    front = lambda p, s: {p + k: v for k, v in s.items()}
+    files = dict(
+        dino_teacher=dict(student=front("module.backbone.", zero), teacher=front("backbone.", state) | {"head.mlp.0.weight": torch.zeros(2)}, epoch=3),
+        dino_backbone=front("module.backbone.", state), mae=dict(model=state | {"mask_token": torch.zeros(1, 1, 8)} | front("decoder_blocks.0.", zero)),
+        mae_encoder=dict(model=front("encoder.", state) | front("decoder.", {"a": torch.zeros(1)})), state_dict=dict(state_dict=front("module.", state), lr=0.1),
+        both=front("student.", zero) | front("teacher.", state), compiled=front("_orig_mod.module.net.", state),
+    )  # fmt: skip
+    torch.save(files[kind], path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["dino_teacher", "dino_backbone", "mae", "mae_encoder", "state_dict", "both", "compiled"])
+def test_checkpoints_of_others(enc, tmp_path, kind):
+    state = vit_state()
+    report = init_encoder(enc, as_file(kind, state, tmp_path / "c.pth"))
+    assert report.share == 1 and "vit.pos_embed" in report.unexpected
+    for k, v in enc.vit.state_dict().items():
+        assert torch.equal(v, state[k]), k
+    assert torch.equal(enc.stems["rgb"].proj.weight, state["patch_embed.proj.weight"])
+    torch.testing.assert_close(enc.stems["dsm"].proj.weight[:, 0], state["patch_embed.proj.weight"].sum(1))
+
+
+def test_the_same_file_as_safetensors(enc, tmp_path):
+    save_file({f"module.backbone.{k}": v for k, v in vit_state().items()}, tmp_path / "c.safetensors")
+    assert init_encoder(enc, tmp_path / "c.safetensors").share == 1
+
+
+def test_too_little_lists_what_is_missing(enc, tmp_path):
+    state = {k.replace("blocks.0", "layer.0"): v for k, v in vit_state().items()}
+    torch.save(dict(model=state), tmp_path / "c.pth")
+    before = {k: v.clone() for k, v in enc.state_dict().items()}
+    with pytest.raises(DataError, match=r"c.pth: the weights do not fit.*Missing: vit.blocks.0.norm1.weight, vit.blocks.0.norm1.bias, vit.blocks.0.attn.qkv.weight"):
+        init_encoder(enc, tmp_path / "c.pth")
+    assert all(torch.equal(v, before[k]) for k, v in enc.state_dict().items())
+    torch.save(dict(model={"x." + k.replace(".", "_"): v for k, v in state.items()}), tmp_path / "d.pth")
+    with pytest.raises(DataError, match="3% matched: 1 matched"):                                # next to nothing fits: never silently
+        init_encoder(enc, tmp_path / "d.pth")
+
+
+def test_files_without_weights(enc, tmp_path):
+    torch.save(dict(epoch=3), tmp_path / "a.pt")
+    torch.save([1, 2], tmp_path / "b.pt")
+    torch.save(dict(model=vit_state(), args=argparse.Namespace(lr=1)), tmp_path / "c.pt")
+    for f, why in (("a.pt", "no tensors in it, only epoch"), ("b.pt", "holds a list"), ("c.pt", "with objects in it.*keep its weights alone"), ("none.pt", "no such file")):
+        with pytest.raises(DataError, match=f"{f}: .*{why}"):
+            init_encoder(enc, tmp_path / f)
+
+
+def test_torchvision_names(tmp_path):
+    theirs = torchvision.models.VisionTransformer(32, 4, 2, 3, 48, 192)
+    save_file(theirs.state_dict(), tmp_path / "tv.safetensors")
+    e = MultiModalViT("vit_tiny_patch16_224", dict(rgb=MODS["rgb"]), "rgb", patch_size=4, **TINY).eval()
+    report = init_encoder(e, tmp_path / "tv.safetensors")
+    assert report.share == 1
+    plain = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=0, **TINY).eval()
+    state = strip_names(theirs.state_dict(), plain.state_dict())
+    plain.load_state_dict({k: v for k, v in state.items() if not k.startswith("head")})
+    theirs.heads = torch.nn.Identity()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(plain(x), theirs.eval()(x), atol=1e-5, rtol=1e-4)
+    assert torch.equal(e.vit.blocks[1].mlp.fc2.weight, plain.blocks[1].mlp.fc2.weight)
+
+
+def test_backbone_from_torchvision(tmp_path):
+    theirs = torchvision.models.resnet18().eval()
+    old = {k: v for k, v in theirs.state_dict().items() if not k.endswith("num_batches_tracked")}      # as in files of 2017
+    torch.save(old, tmp_path / "r.pth")
+    e = Backbone("resnet18", MODS, "rgb").eval()
+    report = init_encoder(e, tmp_path / "r.pth")
+    assert report.share == 1 and sorted(report.unexpected) == ["net.fc.bias", "net.fc.weight"]
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(e(x, "rgb"), torch.nn.Sequential(*list(theirs.children())[:-1])(x).flatten(1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(e.switch.convs["s1"].weight.sum(1), theirs.conv1.weight.sum(1), atol=1e-5, rtol=1e-4)
+    with pytest.raises(DataError, match="do not fit.*Missing: net"):
+        init_encoder(Backbone("resnet50", MODS, "rgb"), tmp_path / "r.pth")
+
+
+def test_backbone_from_its_export(tmp_path):
+    e, new = (Backbone("mobilenetv3_small_050", MODS, "rgb") for _ in range(2))
+    export_encoder(e, tmp_path / "e.safetensors", modality="all")
+    init_encoder(new, tmp_path / "e.safetensors")
+    assert all(torch.equal(v, new.state_dict()[k]) for k, v in e.state_dict().items())
+    export_encoder(e, tmp_path / "s1.safetensors", modality="s1")
+    other = Backbone("mobilenetv3_small_050", dict(s1=MODS["s1"], dsm=MODS["dsm"]), "s1")
+    init_encoder(other, tmp_path / "s1.safetensors")
+    assert torch.equal(other.switch.convs["s1"].weight, e.switch.convs["s1"].weight)
+    torch.testing.assert_close(other.switch.convs["dsm"].weight[:, 0], e.switch.convs["s1"].weight.sum(1), atol=1e-5, rtol=1e-4)

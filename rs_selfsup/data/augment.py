@@ -40,8 +40,10 @@ class Batch:
             return type(o)({k: f(v) for k, v in o.items()}) if isinstance(o, dict) else o
         return Batch(**{d.name: g(getattr(self, d.name)) for d in fields(self)})
 
-    def to(self, device, non_blocking=False): # all tensors on that device
-        return self.map(lambda o: o.to(device, non_blocking=non_blocking))
+    def to(self,
+           device, # where all tensors go
+           non_blocking=False # do not wait for the copy, from pinned memory
+          ): return self.map(lambda o: o.to(device, non_blocking=non_blocking))
     def pin_memory(self): return self.map(lambda o: o.pin_memory())      # torch's loader calls this
     def index(self, i): # the samples of a slice, an index tensor or a bool mask
         return self.map(lambda o: o[i])
@@ -94,31 +96,43 @@ class Normalize(nn.Module):
                         whole=[d and b.scale == 1 and b.offset == 0 for d, b in zip(dn8, m.bands)])
             for k, v in keep.items():
                 self.register_buffer(self._key(name, k), torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1))
-
     def _key(self, name, what): return f'{name.replace(".", "_")}__{what}'
-    def const(self, name, what, like): # (1, C, 1, 1) where `like` is
-        return getattr(self, self._key(name, what)).to(like.device)
-    def _apply(self, fn, recurse=True): # follows to another device, never to half precision
-        return super()._apply(lambda t: t.to(fn(t).device), recurse)
 
-    def forward(self,
-                raw:dict, # name -> (B, C, H, W) stored values
-                valid:dict|None=None, # name -> (B, 1, H, W) bool; None: every pixel is real
-                change:dict|None=None # `Augment.changes`: name -> (gain, shift); None: as it is
-               ) -> dict: # name -> (B, C, H, W) float32 z-scores, 0 where invalid
-        "z-scores of all modalities"
-        if isinstance(raw, Normalized): return raw
-        return Normalized({m: self._one(x, m, (valid or {}).get(m), (change or {}).get(m)) for m, x in raw.items()})
+# %% ../../nbs/13_data.augment.ipynb #1434c76f
+@patch
+def const(self:Normalize,
+          name, # modality
+          what, # 'mean', 'std', 'gain', 'bias', 'lo', 'hi', 'lit', 'whole'
+          like # a tensor on the device where it is needed
+         ) -> Tensor: # (1, C, 1, 1)
+    "A constant per band"
+    return getattr(self, self._key(name, what)).to(like.device)
 
-    def _one(self, x, name, valid, change):
-        a, b = self.const(name, 'gain', x), self.const(name, 'bias', x)
-        if change is not None:
-            gain, shift = change
-            a, b = a*gain, b*gain + (gain - 1)*(self.const(name, 'mean', x)/self.const(name, 'std', x)) + shift
-        z = to_float(x)
-        z = (z*a if z is x else z.mul_(a)).add_(b)         # two roundings, the same in every batch size; `raw` is left alone
-        if name in self.relief: z = z - valid_mean(z, valid)
-        return z if valid is None else z.masked_fill_(~valid, 0)
+@patch
+def _apply(self:Normalize, fn, recurse=True): # follows to another device, never to half precision
+    return super(Normalize, self)._apply(lambda t: t.to(fn(t).device), recurse)
+
+# %% ../../nbs/13_data.augment.ipynb #89f703ac
+@patch
+def forward(self:Normalize,
+            raw:dict, # name -> (B, C, H, W) stored values
+            valid:dict|None=None, # name -> (B, 1, H, W) bool; None: every pixel is real
+            change:dict|None=None # `Augment.changes`: name -> (gain, shift); None: as it is
+           ) -> dict: # name -> (B, C, H, W) float32 z-scores, 0 where invalid
+    "z-scores of all modalities"
+    if isinstance(raw, Normalized): return raw
+    return Normalized({m: self._one(x, m, (valid or {}).get(m), (change or {}).get(m)) for m, x in raw.items()})
+
+@patch
+def _one(self:Normalize, x, name, valid, change):
+    a, b = self.const(name, 'gain', x), self.const(name, 'bias', x)
+    if change is not None:
+        gain, shift = change
+        a, b = a*gain, b*gain + (gain - 1)*(self.const(name, 'mean', x)/self.const(name, 'std', x)) + shift
+    z = to_float(x)
+    z = (z*a if z is x else z.mul_(a)).add_(b)         # two roundings, the same in every batch size; `raw` is left alone
+    if name in self.relief: z = z - valid_mean(z, valid)
+    return z if valid is None else z.masked_fill_(~valid, 0)
 
 # %% ../../nbs/13_data.augment.ipynb #00000017
 @patch
@@ -129,6 +143,7 @@ def physical(self:Normalize,
     "From z-scores to physical values"
     return z*self.const(modality, 'std', z) + self.const(modality, 'mean', z)
 
+# %% ../../nbs/13_data.augment.ipynb #85d18a75
 @patch
 def to_255(self:Normalize,
            z:Tensor, # (B, C, H, W) z-scores
@@ -162,6 +177,7 @@ def grid_factors(sizes:dict # modality -> (H, W) of its grid in the same tile
                             fix='Rebuild the store: tiles must cover the same ground on integer factors.')
     return (H, W), {m: H//h for m, (h, w) in sizes.items()}
 
+# %% ../../nbs/13_data.augment.ipynb #1ebff52b
 def check_crop(sizes:dict, # modality -> (H, W) of its grid
                crop:int|None, # side of the crop in pixels of the finest grid; None: whole tiles
                snap:int|None=None, # crops start on multiples of this, e.g. the token; None: of all factors
@@ -197,6 +213,7 @@ class Placement:
     flip_cols:Tensor # (B,) bool, mirrored left to right, before the transposition
     transpose:Tensor # (B,) bool, rows and columns swapped at last
 
+# %% ../../nbs/13_data.augment.ipynb #265a64cd
 def draw_placement(key:Tensor, # (B,) int64
                    size:tuple, # (H, W) of the tile
                    crop:tuple, # (h, w) of the crop
@@ -246,8 +263,13 @@ def move_all(x:Tensor, # (B, C, H, W)
     if h == w: at = torch.where(p.transpose[:, None, None], at.mT, at)
     return x.flatten(2).gather(2, at.reshape(B, 1, -1).expand(-1, C, -1)).view(B, C, h, w)
 
-def move(x, p, crop, factor=1): # the faster of the two
-    "Crop and turn a batch of images, also 16-bit ones"
+# %% ../../nbs/13_data.augment.ipynb #c5f621cf
+def move(x:Tensor, # (B, C, H, W) of any dtype
+         p:Placement, # in pixels of the finest grid
+         crop:tuple, # (h, w) in pixels of the finest grid
+         factor:int=1 # pixels of the finest grid that make one of `x`
+        ) -> Tensor: # (B, C, h/factor, w/factor)
+    "Crop and turn a batch of images, by the faster of the two"
     if x.dtype == torch.uint16: return move(x.view(torch.int16), p, crop, factor).view(torch.uint16)
     return (move_each if x.device.type == 'cpu' else move_all)(x, p, crop, factor)
 
@@ -267,6 +289,7 @@ def ground_grid(p:Placement, # flips and transposition are used, rows and column
     sign = 1 - 2*torch.stack([p.flip_rows, p.flip_cols], 1).float()
     return half*sign, mid, p.transpose
 
+# %% ../../nbs/13_data.augment.ipynb #082a68da
 def zoom(x:Tensor, # (B, C, H, W) float
          grid:tuple, # from `ground_grid`
          out:tuple, # (h, w)
@@ -324,24 +347,34 @@ class Augment:
         self.flips, self.rot90, self.scale = flips, rot90, tuple(scale)
         self.light = dict(gain=gain, shift=shift, db=db, metres=metres) if photometric else None
 
-    def fixed(self, **kw): # a copy without chance, for validation: the middle of the tile, as it lies
-        still = dict(flips=False, rot90=False, photometric=False, center=True)
-        mine = dict(crop=self.crop, snap=self.snap, normalize=self.normalize)
-        return type(self)(self.modalities, **{**mine, **still, **kw})
-
-    def out_sizes(self, sizes, file=None): # modality -> (h, w) after the crop; the crop is checked here
-        (h, w, _), ((H, W), factors) = check_crop(sizes, self.crop, self.snap, self.rot90, file), grid_factors(sizes)
-        if self.scale[0] < 1 and max(h/H, w/W) > self.scale[0]:
-            need = math.ceil(max(h, w)/self.scale[0])
-            raise DataError(f'a crop of {h} px shrunk by {self.scale[0]} needs {need} px, tiles have {min(H, W)}', file,
-                            fix='Choose a smaller crop, or scale from 1.')
-        return {m: (h//f, w//f) for m, f in factors.items()}
-
     def __call__(self, batch): # stored values in; z-scores out if there is a `normalize`
         batch = self.geometry(batch)
         if self.normalize is None: return batch
         valid = None if batch.full else batch.valid
         return replace(batch, images=self.normalize(batch.images, valid, self.changes(batch.key)))
+
+# %% ../../nbs/13_data.augment.ipynb #dbf697c1
+@patch
+def fixed(self:Augment,
+          **kw # settings that differ
+         ) -> Augment:
+    "A copy without chance, for validation: the middle of the tile, as it lies"
+    still = dict(flips=False, rot90=False, photometric=False, center=True)
+    mine = dict(crop=self.crop, snap=self.snap, normalize=self.normalize)
+    return type(self)(self.modalities, **{**mine, **still, **kw})
+
+@patch
+def out_sizes(self:Augment,
+              sizes:dict, # modality -> (H, W) of a tile
+              file=None # the store, for the message
+             ) -> dict: # modality -> (h, w) after the crop
+    "What comes out; the crop is checked here"
+    (h, w, _), ((H, W), factors) = check_crop(sizes, self.crop, self.snap, self.rot90, file), grid_factors(sizes)
+    if self.scale[0] < 1 and max(h/H, w/W) > self.scale[0]:
+        need = math.ceil(max(h, w)/self.scale[0])
+        raise DataError(f'a crop of {h} px shrunk by {self.scale[0]} needs {need} px, tiles have {min(H, W)}', file,
+                        fix='Choose a smaller crop, or scale from 1.')
+    return {m: (h//f, w//f) for m, f in factors.items()}
 
 # %% ../../nbs/13_data.augment.ipynb #00000030
 @patch

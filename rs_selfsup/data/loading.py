@@ -30,6 +30,7 @@ def to_tensor(x # numpy array as the store gives it
     if x.dtype in (np.uint32, np.uint64): x = x.astype(np.int64)
     return torch.from_numpy(x if x.flags.writeable and x.flags.c_contiguous else x.copy())
 
+# %% ../../nbs/14_data.loading.ipynb #12178e15
 class TileReader:
     "The tiles of one split, read batch by batch"
     def __init__(self,
@@ -50,6 +51,7 @@ class TileReader:
         label = to_tensor(np.asarray(d['label'], np.int64))
         return Batch(images, valid, targets, label, tile, keys(self.seed, epoch, tile), not valid)
 
+# %% ../../nbs/14_data.loading.ipynb #bb054325
 def fill_valid(batch:Batch # as read, on the device
               ) -> Batch: # with a mask for every modality
     "Masks for the modalities that were known to be full"
@@ -67,6 +69,7 @@ def tile_order(ids, # (n,) tile ids
     number = mix(keys(seed, epoch, torch.from_numpy(ids)) + STREAMS['shuffle'])
     return ids[number.argsort(stable=True).numpy()]
 
+# %% ../../nbs/14_data.loading.ipynb #e178e47f
 def cut_batches(order, # (n,) tile ids
                 bs:int, # batch size of one process
                 drop_last:bool=False, # leave out the last, incomplete global batch
@@ -108,24 +111,35 @@ class TileLoader(DataLoader):
 
     def set_epoch(self, epoch:int): self.epoch = int(epoch)      # the next pass is this one
     def skip(self, k:int): self._at = int(k)                     # the next pass starts at batch k
-    def batches(self): # tile ids of this process's batches in this epoch
-        ids, (r, w) = self.dataset.ids, (rank(), world()) if self.sharded else (0, 1)
-        if self.shuffle: ids = tile_order(ids, self.dataset.seed, self.epoch)
-        return cut_batches(ids, self.bs, self.drop_last, r, w)
-    def get_idxs(self): return list(range(len(self.dataset)))
-    def __len__(self):
-        w, n = world() if self.sharded else 1, len(self.dataset)
-        return n//(self.bs*w) + (not self.drop_last and n % (self.bs*w) >= w)
+    def get_idxs(self): return list(range(len(self.dataset)))    # fastai asks, nothing here does
 
-    def __iter__(self):
-        epoch, at, self._at = self.epoch, self._at, 0
-        for b in self._read([(epoch, ids) for ids in self.batches()[at:]]): yield self.finish(b)
-        if self.shuffle and self.epoch == epoch: self.epoch += 1
+# %% ../../nbs/14_data.loading.ipynb #e3a7ae4b
+@patch
+def batches(self:TileLoader) -> list: # of arrays of tile ids
+    "What this process reads in this epoch"
+    ids, (r, w) = self.dataset.ids, (rank(), world()) if self.sharded else (0, 1)
+    if self.shuffle: ids = tile_order(ids, self.dataset.seed, self.epoch)
+    return cut_batches(ids, self.bs, self.drop_last, r, w)
 
-    def finish(self, b): # what happens on the device
-        b = fill_valid(b.to(self.device, non_blocking=True))
-        if self.augment is not None: b = self.augment(b)
-        return (b, b) if self.pairs else b
+@patch
+def __len__(self:TileLoader):
+    w, n = world() if self.sharded else 1, len(self.dataset)
+    return n//(self.bs*w) + (not self.drop_last and n % (self.bs*w) >= w)
+
+@patch
+def __iter__(self:TileLoader):
+    epoch, at, self._at = self.epoch, self._at, 0
+    for b in self._read([(epoch, ids) for ids in self.batches()[at:]]): yield self.finish(b)
+    if self.shuffle and self.epoch == epoch: self.epoch += 1
+
+@patch
+def finish(self:TileLoader,
+           b:Batch # as read
+          ): # `Batch`, or (batch, batch) for `pairs`
+    "What happens on the device"
+    b = fill_valid(b.to(self.device, non_blocking=True))
+    if self.augment is not None: b = self.augment(b)
+    return (b, b) if self.pairs else b
 
 # %% ../../nbs/14_data.loading.ipynb #00000014
 @patch
@@ -138,7 +152,11 @@ def one_batch(self:TileLoader):
     return self.finish(self.dataset[self.epoch, todo[0]])
 
 @patch
-def new(self:TileLoader, dataset=None, cls=None, **kw):
+def new(self:TileLoader,
+        dataset=None, # `TileReader`; None: the same
+        cls=None, # class of the copy; None: the same
+        **kw # settings that change
+       ) -> TileLoader:
     "A loader like this one; what fastai asks for and we do not have is ignored"
     mine = {k: getattr(self, k) for k in 'bs shuffle drop_last workers augment device sharded pairs context'.split()}
     return (cls or type(self))(dataset or self.dataset, **{**mine, **{k: v for k, v in kw.items() if k in mine}})
@@ -165,6 +183,7 @@ def _workers(self:TileLoader):
             multiprocessing_context=self.context)
     return self._pool
 
+# %% ../../nbs/14_data.loading.ipynb #c2677b05
 @patch
 def __getstate__(self:TileLoader): return {**self.__dict__, '_pool': None, '_busy': False, '_todo': []}
 
@@ -180,6 +199,7 @@ def _open_store(store # `TileStore`, or its path
     "The store itself"
     return TileStore(store) if isinstance(store, (str, Path)) else store
 
+# %% ../../nbs/14_data.loading.ipynb #50cb3adf
 def _split_ids(store, split, empty=False):
     "Tile ids of a split that exists and is not empty"
     pick(split, ('train', 'val', 'test'), 'split', store.path)
@@ -196,6 +216,7 @@ def _check_bs(n, bs, w, path):
         raise DataError(f"batch size {bs}{each}, but there are {n} tiles to train on: not one whole batch", path,
                         fix=f'Choose bs <= {n//w}, build more tiles, or pass drop_last=False.')
 
+# %% ../../nbs/14_data.loading.ipynb #938b919f
 def dataloaders(store, # `TileStore`, or the path of one
                 bs:int=64, # tiles per batch and process
                 crop:int|None=None, # side of the random crop in anchor pixels; None: whole tiles
@@ -237,7 +258,7 @@ def show_batch(self:TileLoader,
                show:bool=True, # as in fastai
                figsize=None, # inches; None: 2 per picture
                dpi:int=72, # of the figure
-               **kw
+               **kw # what else fastai passes; not looked at
               ):
     "All modalities of some tiles side by side"
     import matplotlib.pyplot as plt

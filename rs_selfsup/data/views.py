@@ -134,7 +134,7 @@ def cell_centres(
 
 # %% ../../nbs/15_data.views.ipynb #0000000a
 def relight(
-    view:View,
+    view:View, # changed in place
     normalize, # `Normalize`
     key:Tensor, # (B,) int64
     number:int=0, # of the view: each has its own random numbers
@@ -142,9 +142,9 @@ def relight(
     shift:float=.1, # optical: largest offset per band, in standard deviations
     db:float=0., # radar: largest common offset in dB
     metres:float=0., # height: largest offset in metres
-) -> View: # a new one
+) -> View: # the same
     "Another light, where the sensor knows light"
-    const, images, key = normalize.const, {**view.images}, mix(key + number)
+    const, images, key = normalize.const, view.images, mix(key + number)
     for i, (m, mod) in enumerate(normalize.modalities.items()):
         if m not in images or m in normalize.relief: continue
         x = images[m]
@@ -152,20 +152,20 @@ def relight(
         if c is None: continue
         x = x*c[0] + (c[0] - 1)*const(m, 'mean', x)/const(m, 'std', x) + c[1]
         images[m] = x if view.full else x.masked_fill(~view.valid[m], 0)
-    return replace(view, images=Normalized(images))
+    return view
 
-# %% ../../nbs/15_data.views.ipynb #48bb34e1
+# %% ../../nbs/15_data.views.ipynb #66443fc1
 def blur(
-    view:View,
+    view:View, # changed in place
     key:Tensor, # (B,) int64
     number:int=0, # of the view: each has its own random numbers
     sigma:tuple=(.1, 2.), # px of each modality's grid, smallest and largest; BYOL's
     p:float=1., # share of the tiles that is blurred
     kinds:tuple=('optical',), # modality kinds it is done to, where `modalities` tells them
     modalities:dict|None=None, # name -> `Modality`; None = all are blurred
-) -> View: # a new one
+) -> View: # the same
     "Gaussian blur of each tile with its own sigma; invalid pixels do not bleed in"
-    u, images = uniform(key, 2, STREAMS['blur'] + number), {**view.images}
+    u = uniform(key, 2, STREAMS['blur'] + number)
     s = torch.where(u[:, :1] < p, sigma[0] + (sigma[1] - sigma[0])*u[:, 1:], 1e-3)
     r = math.ceil(3*sigma[1])
     k = torch.exp(-(torch.arange(-r, r + 1, device=key.device)**2)/(2*s*s))
@@ -174,8 +174,8 @@ def blur(
         if modalities is not None and modalities[m].kind not in kinds: continue
         ok = view.valid[m]
         y = _separable(x if view.full else x.masked_fill(~ok, 0), k)
-        images[m] = y if view.full else (y/_separable(ok.float(), k).clamp(min=1e-6)).masked_fill(~ok, 0)
-    return replace(view, images=Normalized(images))
+        view.images[m] = y if view.full else (y/_separable(ok.float(), k).clamp(min=1e-6)).masked_fill(~ok, 0)
+    return view
 
 def _separable(x, k):
     "Each sample of (B, C, H, W) with its own kernel (B, n), rows then columns; borders are mirrored"

@@ -6,32 +6,40 @@
 __all__ = ['ema_update', 'frozen_copy', 'Method', 'check_weights', 'check_choice', 'check_batch', 'mlp', 'PrototypeHead']
 
 # %% ../../nbs/45_methods.core.ipynb #00000003
-import copy, inspect
+import copy, difflib, inspect, re
 import torch
 from fastcore.basics import patch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from ..backbones import create_encoder
+from ..backbones import Backbone, create_encoder
+from ..encoders import MultiModalViT
 from ..modalities import DataError
 
 # %% ../../nbs/45_methods.core.ipynb #00000006
+_BN = nn.modules.batchnorm._BatchNorm
+
 @torch.no_grad()
 def ema_update(
-    teacher:nn.Module, # changed in place
-    student:nn.Module, # of the same architecture
-    momentum:float,    # m: share of the old teacher that stays, e.g. .996
+    teacher:nn.Module,   # changed in place
+    student:nn.Module,   # of the same architecture
+    momentum:float,      # m: share of the old teacher that stays, e.g. .996
+    own_norm:bool=False, # the teacher's BatchNorm keeps its own running statistics; False: the student's are copied
 ):
     "teacher <- momentum * teacher + (1 - momentum) * student; buffers are copied"
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
-    for t, s in zip(teacher.buffers(), student.buffers()): t.copy_(s)
+    t, s = list(teacher.parameters()), list(student.parameters())
+    if [p.shape for p in t] != [p.shape for p in s]:
+        raise DataError('teacher and student are built differently', fix='Make the teacher with frozen_copy(student).')
+    if t: torch._foreach_lerp_(t, s, 1 - momentum)
+    for a, b in zip(teacher.modules(), student.modules(), strict=True):
+        if own_norm and isinstance(a, _BN): continue
+        for x, y in zip(a.buffers(recurse=False), b.buffers(recurse=False), strict=True): x.copy_(y)
 
 def frozen_copy(module:nn.Module) -> nn.Module:
     "A copy that gets no gradient, in evaluation mode"
     return copy.deepcopy(module).requires_grad_(False).eval()
 
 # %% ../../nbs/45_methods.core.ipynb #00000007
-_BN = nn.modules.batchnorm._BatchNorm
-
 class Method(nn.Module):
     "Named losses, and modules with a slowly moving copy"
     teachers = {}                # name of the copy -> name of its student
@@ -50,7 +58,7 @@ class Method(nn.Module):
         self.set_epoch(0)
 
     def update_teacher(self, momentum:float): # share of the old teacher that stays
-        for t, s in self.teachers.items(): ema_update(getattr(self, t), getattr(self, s), momentum)
+        for t, s in self.teachers.items(): ema_update(getattr(self, t), getattr(self, s), momentum, self.batch_norm == 'batch')
 
     def set_epoch(self, epoch:int): self.epoch = epoch   # the Learner tells it before each epoch
 
@@ -77,23 +85,63 @@ def create(cls:Method,
     **settings               # of the method, the encoder and timm
 ) -> Method:
     "A method from names and numbers"
-    own = set(inspect.signature(cls.__init__).parameters) - {'self', 'encoder', 'normalize'}
+    own = _names(cls) - {'encoder', 'normalize'}
     kw = {k: v for k, v in settings.items() if k not in own}
-    enc = encoder if isinstance(encoder, nn.Module) else cls.build_encoder(encoder, modalities, anchor, patch_size, **kw)
+    if isinstance(encoder, nn.Module):
+        if patch_size: kw['patch_size'] = patch_size
+        if kw: raise _unknown(next(iter(kw)), own, f'{cls.__name__} with an encoder that exists already')
+        enc = encoder
+    else:
+        try: enc = cls.build_encoder(encoder, modalities, anchor, patch_size, **kw)
+        except DataError as e:
+            wrong = re.search(r"unexpected keyword argument '(\w+)'", str(e))
+            if not wrong: raise
+            known = own | _names(MultiModalViT) | _names(Backbone) | _names(VisionTransformer)
+            raise _unknown(wrong[1], known, f'{cls.__name__}, encoder {encoder!r} and timm', own) from e
     return cls(enc, normalize, **{k: v for k, v in settings.items() if k in own})
 
-# %% ../../nbs/45_methods.core.ipynb #0000000a
-def check_weights(weights:dict|None, defaults:dict) -> dict:
-    "The defaults with what was given, or an error that names the terms"
-    unknown = sorted(set(weights or {}) - set(defaults))
-    if unknown: raise DataError(f'unknown loss term {", ".join(unknown)}', fix=f'The terms are {sorted(defaults)}.')
-    return {**defaults, **(weights or {})}
+# %% ../../nbs/45_methods.core.ipynb #d597b084
+def _names(cls) -> set:
+    "Arguments of a class, and of its bases where it hands **kw on"
+    names = set()
+    for c in cls.__mro__:
+        if '__init__' not in vars(c): continue
+        ps = inspect.signature(c.__init__).parameters.values()
+        names |= {p.name for p in ps if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind == p.VAR_KEYWORD for p in ps): break
+    return names - {'self'}
 
-def check_choice(name:str, value, choices:tuple):
+def _unknown(name, known, where, shown=None) -> DataError:
+    "The error for a setting that nobody knows"
+    near = difflib.get_close_matches(name, sorted(known), 1, .6)
+    return DataError(f'unknown setting {name!r} of {where}', fix=f'Did you mean {near[0]!r}?' if near else f'Settings of the method: {", ".join(sorted(shown or known))}.')
+
+# %% ../../nbs/45_methods.core.ipynb #0000000a
+def check_weights(
+    weights:dict|None,   # term -> weight, as the user gave them; None = all defaults
+    defaults:dict,       # term -> weight, all terms of the method
+) -> dict:               # all terms
+    "The defaults with what was given, or an error that names the terms"
+    for k, v in (weights or {}).items():
+        if k not in defaults: raise DataError(f'unknown loss term {k}', fix=f'The terms are {sorted(defaults)}.')
+        if not v >= 0: raise DataError(f'the weight {v} of loss term {k}', fix='Give 0 to leave it out, or a positive number.')
+    out = {**defaults, **(weights or {})}
+    if not any(out.values()): raise DataError('all loss terms have weight 0: there is nothing to learn', fix=f'The terms are {sorted(defaults)}.')
+    return out
+
+def check_choice(
+    name:str,            # of the setting, for the message
+    value,               # what was given
+    choices:tuple,       # what means something
+):
     "Raise for a setting that means nothing"
     if value not in choices: raise DataError(f'unknown {name} {value!r}', fix=f'Choose one of {choices}.')
 
-def check_batch(n:int, why:str, world:int=1):
+def check_batch(
+    n:int,               # images in the batch of this process
+    why:str,             # what a batch of one lacks, for the message
+    world:int=1,         # processes whose batches are compared together
+):
     "Raise for a batch of one where images are compared"
     if n*world < 2: raise DataError(f'a batch of one: {why}', fix='Use a batch of two or more.')
 
@@ -105,6 +153,7 @@ def mlp(
     last_norm:bool=False,    # norm after the output, too
 ) -> nn.Sequential:
     "Projector or predictor: linear layers with norm and activation between them"
+    check_choice('norm', norm, ('batch', 'layer', None))
     make, layers = {'batch': nn.BatchNorm1d, 'layer': nn.LayerNorm, None: None}[norm], []
     for i, (a, b) in enumerate(zip(dims, dims[1:])):
         last = i == len(dims) - 2
@@ -112,13 +161,14 @@ def mlp(
         layers += [nn.Linear(a, b, bias=n is None)] + ([n(b)] if n else []) + [act()]*(not last)
     return nn.Sequential(*layers)
 
+# %% ../../nbs/45_methods.core.ipynb #ac2c4c76
 class PrototypeHead(nn.Module):
     "DINO's head: an MLP to a narrow unit vector, compared with K unit prototypes"
     def __init__(self,
         dim:int,                 # of the features
         prototypes:int=4096,     # K; published: 65,536 (DINO), 2,048 (CMID)
-        hidden:int=2048,
-        bottleneck:int=256,
+        hidden:int=2048,         # width of the MLP
+        bottleneck:int=256,      # width of the unit vector
         layers:int=3,            # of the MLP
         norm:str|None=None,      # inside the MLP: 'batch', 'layer' or None
     ):
