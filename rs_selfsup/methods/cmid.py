@@ -154,13 +154,6 @@ def _build(self:CMID):
         self.teachers['teacher_head'] = 'head'
 
 @patch
-@torch.no_grad()
-def update_teacher(self:CMID, momentum:float): # share of the old teacher that stays
-    "Parameters follow the student; BatchNorm's statistics stay the teacher's own, of whole images"
-    for t, s in self.teachers.items():
-        torch._foreach_lerp_(list(getattr(self, t).parameters()), list(getattr(self, s).parameters()), 1 - momentum)
-
-@patch
 def set_epoch(self:CMID, epoch:int):
     "Sets the teacher's temperature"
     self.epoch, self.teacher_t = epoch, temperature_schedule(epoch, self.warmup_epochs, *self.teacher_temp)
