@@ -167,8 +167,8 @@ def test_teacher_of_a_backbone_masks_with_its_own_token():
             super().__init__(encoder, normalize, dict(a=1))
             self.make_teachers()
 
-    m = Masked.create("resnet18", MODS, "rgb", None)
-    x, hidden, token = torch.randn(2, 3, 64, 64), torch.ones(2, 1, 64, 64).bool(), torch.randn(64)
+    m = Masked.create("test_resnet", MODS, "rgb", None)
+    x, hidden, token = torch.randn(2, 3, 64, 64), torch.ones(2, 1, 64, 64).bool(), torch.randn(m.encoder.mask_dim)
     m.eval()
     with torch.no_grad():
         a, b = m.teacher.feature_map(x, "rgb", hidden, token), m.encoder.feature_map(x, "rgb", hidden, token)
@@ -179,7 +179,7 @@ def test_teacher_of_a_backbone_masks_with_its_own_token():
 def test_settings_find_their_place():
     m = Child.create("vit_tiny_patch16_224", MODS, "rgb", None, scale=3.0, extra=2, weights=dict(loss=2), **TINY)
     assert (m.scale, m.extra, m.weights, m.encoder.embed_dim) == (3.0, 2, dict(loss=2), 48) and isinstance(m.encoder, MultiModalViT)
-    m = Child.create("resnet18", MODS, "rgb", None, channels=1)
+    m = Child.create("test_resnet", MODS, "rgb", None, channels=1)
     assert isinstance(m.encoder, Backbone) and m.encoder.channels == 1
     enc = m.encoder
     assert Child.create(enc, MODS, "rgb", None, extra=1).encoder is enc
@@ -197,7 +197,7 @@ def test_settings_that_would_vanish():
         with pytest.raises(DataError, match=f"unknown setting '{next(iter(kw))}' of Toy with an encoder that exists already"):
             Toy.create(enc, MODS, "rgb", None, **kw)
     with pytest.raises(DataError, match="unknown setting 'qqq'.*Settings of the method: extra, scale, weights"):
-        Child.create("resnet18", MODS, "rgb", None, qqq=1)
+        Child.create("test_resnet", MODS, "rgb", None, qqq=1)
     with pytest.raises(DataError, match="no encoder named 'vit_tiny_patch16'"):     # an error of another kind stays what it is
         Toy.create("vit_tiny_patch16", MODS, "rgb", None)
 

@@ -163,7 +163,7 @@ def test_the_header_says_how_to_normalise(enc, tmp_path):
 # Backbones
 
 SWIN = dict(img_size=32, depths=(1, 1), embed_dim=24, num_heads=(1, 2))
-CNNS = dict(mobilenetv3_small_050={}, convnext_atto=dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)), swin_tiny_patch4_window7_224=SWIN)
+CNNS = dict(test_resnet={}, convnext_atto=dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)), swin_tiny_patch4_window7_224=SWIN)
 
 
 def stats_of(mods):
@@ -190,15 +190,15 @@ def test_backbone_is_strictly_loadable_into_plain_timm(name, tmp_path):
 
 @pytest.mark.parametrize("channels", [None, 1])
 def test_every_first_convolution(channels, tmp_path):
-    e = Backbone("mobilenetv3_small_050", MODS, "rgb", channels=channels, mask_at="blocks.0").eval()
+    e = Backbone("test_resnet", MODS, "rgb", channels=channels, mask_at="layer1").eval()
     e.sizes["dsm"] = (64, 96)
     back = load_encoder(export_encoder(e, tmp_path / "e.safetensors", modality="all"))
     assert list(back.state_dict()) == list(e.state_dict()) and all(torch.equal(v, back.state_dict()[k]) for k, v in e.state_dict().items())
-    assert (back.channels, back.mask_at, back.sizes, list(back.modalities)) == (channels, "blocks.0", e.sizes, list(MODS))
+    assert (back.channels, back.mask_at, back.sizes, list(back.modalities)) == (channels, "layer1", e.sizes, list(MODS))
     one = load_encoder(export_encoder(e, tmp_path / "s1.safetensors", modality="s1"))
     x = torch.randn(1, channels or 2, 32, 32)
     torch.testing.assert_close(one.feature_map(x, "s1"), e.feature_map(x, "s1"))
-    assert create_timm(tmp_path / "e.safetensors", "dsm")(torch.randn(1, 1, 32, 32)).shape == (1, 1024)
+    assert create_timm(tmp_path / "e.safetensors", "dsm")(torch.randn(1, 1, 32, 32)).shape == (1, 96)
 
 
 def test_an_export_leaves_the_random_numbers_alone(enc, tmp_path):
@@ -307,12 +307,12 @@ def test_backbone_from_torchvision(tmp_path):
 
 
 def test_backbone_from_its_export(tmp_path):
-    e, new = (Backbone("mobilenetv3_small_050", MODS, "rgb") for _ in range(2))
+    e, new = (Backbone("test_resnet", MODS, "rgb") for _ in range(2))
     export_encoder(e, tmp_path / "e.safetensors", modality="all")
     init_encoder(new, tmp_path / "e.safetensors")
     assert all(torch.equal(v, new.state_dict()[k]) for k, v in e.state_dict().items())
     export_encoder(e, tmp_path / "s1.safetensors", modality="s1")
-    other = Backbone("mobilenetv3_small_050", dict(s1=MODS["s1"], dsm=MODS["dsm"]), "s1")
+    other = Backbone("test_resnet", dict(s1=MODS["s1"], dsm=MODS["dsm"]), "s1")
     init_encoder(other, tmp_path / "s1.safetensors")
     assert torch.equal(other.switch.convs["s1"].weight, e.switch.convs["s1"].weight)
     torch.testing.assert_close(other.switch.convs["dsm"].weight[:, 0], e.switch.convs["s1"].weight.sum(1), atol=1e-5, rtol=1e-4)

@@ -164,7 +164,7 @@ def test_views_are_checked_against_the_encoder():
     for size, tile, why in ((4, None, "does not divide into patches of 8 px"), (65, None, "every 4 px"), (64, 32, "larger than the tiles of 32")):
         with pytest.raises(DataError, match=why):
             check_view(vit, size, tile)
-    cnn = Backbone("resnet18", mods, "rgb")
+    cnn = Backbone("test_resnet", mods, "rgb")
     check_view(cnn, 128)
     with pytest.raises(DataError, match="a view of 64 px: s1 image of 16 x 16 px does not divide into cells of 32 px"):
         check_view(cnn, 64)
