@@ -122,7 +122,7 @@ def test_weights_for_other_bands():
     e = make("convnext_atto")
     v, b = torch.randn(8, 3, 4, 4), torch.randn(8)
     e.adapt(v, b)
-    for m, conv in e.switch.convs.items():
+    for conv in e.switch.convs.values():
         torch.testing.assert_close(conv.weight.sum(1), v.sum(1), atol=1e-5, rtol=1e-4), torch.equal(conv.bias, b)
     assert torch.equal(e.switch.convs["rgb"].weight, v)
 

@@ -185,7 +185,10 @@ def test_settings_find_their_place():
     assert Child.create(enc, MODS, "rgb", None, extra=1).encoder is enc
 
 
-@pytest.mark.parametrize("typo, near", [("scael", "scale"), ("extr", "extra"), ("drop_pat_rate", "drop_path_rate"), ("shared_stm", "shared_stem"), ("weigths", "weights")])
+@pytest.mark.parametrize(
+    "typo, near",
+    [("scael", "scale"), ("extr", "extra"), ("drop_pat_rate", "drop_path_rate"), ("shared_stm", "shared_stem"), ("weigths", "weights")],
+)
 def test_unknown_settings_are_named(typo, near):
     with pytest.raises(DataError, match=f"unknown setting '{typo}' of Child.*Did you mean '{near}'"):
         Child.create("vit_tiny_patch16_224", MODS, "rgb", None, **{typo: 1}, **TINY)
@@ -204,7 +207,9 @@ def test_settings_that_would_vanish():
 
 def test_checks():
     assert check_weights(dict(b=0), dict(a=1, b=2)) == dict(a=1, b=0)
-    for bad, why in ((dict(c=1), "unknown loss term c"), (dict(a=-1), "the weight -1"), (dict(a=float("nan")), "the weight nan"), (dict(a=0, b=0), "nothing to learn")):
+    for bad, why in (
+        (dict(c=1), "unknown loss term c"), (dict(a=-1), "the weight -1"), (dict(a=float("nan")), "the weight nan"), (dict(a=0, b=0), "nothing to learn"),
+    ):
         with pytest.raises(DataError, match=why):
             check_weights(bad, dict(a=1, b=2))
     defaults = dict(a=1)

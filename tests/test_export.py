@@ -233,7 +233,8 @@ def as_file(kind, state, path):
     files = dict(
         dino_teacher=dict(student=front("module.backbone.", zero), teacher=front("backbone.", state) | {"head.mlp.0.weight": torch.zeros(2)}, epoch=3),
         dino_backbone=front("module.backbone.", state), mae=dict(model=state | {"mask_token": torch.zeros(1, 1, 8)} | front("decoder_blocks.0.", zero)),
-        mae_encoder=dict(model=front("encoder.", state) | front("decoder.", {"a": torch.zeros(1)})), state_dict=dict(state_dict=front("module.", state), lr=0.1),
+        mae_encoder=dict(model=front("encoder.", state) | front("decoder.", {"a": torch.zeros(1)})),
+        state_dict=dict(state_dict=front("module.", state), lr=0.1),
         both=front("student.", zero) | front("teacher.", state), compiled=front("_orig_mod.module.net.", state),
     )  # fmt: skip
     torch.save(files[kind], path)
@@ -260,7 +261,8 @@ def test_too_little_lists_what_is_missing(enc, tmp_path):
     state = {k.replace("blocks.0", "layer.0"): v for k, v in vit_state().items()}
     torch.save(dict(model=state), tmp_path / "c.pth")
     before = {k: v.clone() for k, v in enc.state_dict().items()}
-    with pytest.raises(DataError, match=r"c.pth: the weights do not fit.*Missing: vit.blocks.0.norm1.weight, vit.blocks.0.norm1.bias, vit.blocks.0.attn.qkv.weight"):
+    what = "vit.blocks.0.norm1.weight, vit.blocks.0.norm1.bias, vit.blocks.0.attn.qkv.weight"
+    with pytest.raises(DataError, match=rf"c.pth: the weights do not fit.*Missing: {what}"):
         init_encoder(enc, tmp_path / "c.pth")
     assert all(torch.equal(v, before[k]) for k, v in enc.state_dict().items())
     torch.save(dict(model={"x." + k.replace(".", "_"): v for k, v in state.items()}), tmp_path / "d.pth")
@@ -272,7 +274,9 @@ def test_files_without_weights(enc, tmp_path):
     torch.save(dict(epoch=3), tmp_path / "a.pt")
     torch.save([1, 2], tmp_path / "b.pt")
     torch.save(dict(model=vit_state(), args=argparse.Namespace(lr=1)), tmp_path / "c.pt")
-    for f, why in (("a.pt", "no tensors in it, only epoch"), ("b.pt", "holds a list"), ("c.pt", "with objects in it.*keep its weights alone"), ("none.pt", "no such file")):
+    for f, why in (
+        ("a.pt", "no tensors in it, only epoch"), ("b.pt", "holds a list"), ("c.pt", "with objects in it.*keep its weights alone"), ("none.pt", "no such file"),
+    ):
         with pytest.raises(DataError, match=f"{f}: .*{why}"):
             init_encoder(enc, tmp_path / f)
 
