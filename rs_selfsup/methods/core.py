@@ -114,7 +114,8 @@ def _names(cls) -> set:
 def _unknown(name, known, where, shown=None) -> DataError:
     "The error for a setting that nobody knows"
     near = difflib.get_close_matches(name, sorted(known), 1, .6)
-    return DataError(f'unknown setting {name!r} of {where}', fix=f'Did you mean {near[0]!r}?' if near else f'Settings of the method: {", ".join(sorted(shown or known))}.')
+    fix = f'Did you mean {near[0]!r}?' if near else f'Settings of the method: {", ".join(sorted(shown or known))}.'
+    return DataError(f'unknown setting {name!r} of {where}', fix=fix)
 
 # %% ../../nbs/45_methods.core.ipynb #0000000a
 def check_weights(
