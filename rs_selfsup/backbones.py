@@ -128,8 +128,7 @@ def _first_conv(net, name):
     "Path of the one convolution that sees the bands"
     first = (getattr(net, 'pretrained_cfg', None) or {}).get('first_conv')
     if isinstance(first, str) and isinstance(net.get_submodule(first), nn.Conv2d): return first
-    raise DataError(f'{name!r} has no single first convolution ({first})',
-                    fix='Choose another network, e.g. resnet50, convnext_tiny, swin_tiny_patch4_window7_224.')
+    raise DataError(f'{name!r} has no single first convolution ({first})', fix='Choose another, e.g. resnet50, convnext_tiny, swin_tiny_patch4_window7_224.')
 
 # %% ../nbs/41_backbones.ipynb #d174bb78
 @patch(as_prop=True)
@@ -289,8 +288,8 @@ def create_encoder(
     "`MultiModalViT` for a plain vision transformer, `Backbone` for all else"
     if isinstance(name, nn.Module) and not isinstance(name, VisionTransformer):
         if not hasattr(name, 'feature_map'): raise DataError(f'a {type(name).__name__} is no encoder', fix='Pass a timm name, a MultiModalViT or a Backbone.')
-        if kw or patch_size:
-            raise DataError(f'the encoder exists already; {", ".join(kw) or "patch_size"} would change nothing', fix='Set it where the encoder is made.')
+        late = ', '.join([*kw] + ['patch_size']*bool(patch_size))
+        if late: raise DataError(f'the encoder exists already; {late} would change nothing', fix='Set it where the encoder is made.')
         return name
     if isinstance(name, str) and ':' not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name.split('.')[0], timm.list_models(), 4, .3)

@@ -255,8 +255,8 @@ def _tensors(found, path) -> dict:
     for k in HOLDERS:
         if isinstance(found.get(k), dict): return _tensors(found[k], path)
     tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)}
-    if not tensors:
-        raise DataError(f'no tensors in it, only {", ".join(map(str, list(found)[:8]))}', path, fix=f'Save a state dict, or one under {HOLDERS[3]!r}.')
+    only = ', '.join(map(str, list(found)[:8]))
+    if not tensors: raise DataError(f'no tensors in it, only {only}', path, fix=f'Save a state dict, or one under {HOLDERS[3]!r}.')
     return tensors
 
 # %% ../nbs/63_export.ipynb #e516b974

@@ -39,10 +39,12 @@ def test_the_same_as_plain_timm(name):
 @pytest.mark.parametrize("name", ["test_resnet", "swin_tiny_patch4_window7_224", "pvt_v2_b0", "mambaout_femto"])
 def test_the_token_lands_where_the_input_is_hidden(name):
     e, seen = make(name), []
-    e.net.get_submodule(e.mask_at).register_forward_hook(lambda m, a, y: seen.append(as_map(y, e.add_token.layout, (16, 16))))
+    e.net.get_submodule(e.mask_at).register_forward_hook(
+        lambda m, a, y: seen.append(as_map(y, e.add_token.layout, (16, 16)))
+    )
     x, hidden, token = torch.randn(1, 3, 64, 64), torch.zeros(1, 1, 64, 64, dtype=torch.bool), torch.randn(e.mask_dim)
     hidden[:, :, 8:16, 48:] = True
-    hidden[:, :, :2, :4] = True                                              # half of a cell
+    hidden[:, :, :2, :4] = True  # half of a cell
     e.feature_map(x, "rgb"), e.feature_map(x, "rgb", hidden, token)
     added, want = (seen[1] - seen[0])[0], torch.zeros(e.mask_dim, 16, 16)
     want[:, 2:4, 12:] = token[:, None, None]
@@ -77,11 +79,19 @@ def test_a_copy_has_its_own_hook_and_convolutions(name, copied):
 
 def test_layout_is_never_a_guess():
     torch.manual_seed(0)
-    e = Backbone("swin_tiny_patch4_window7_224", dict(rgb=MODS["rgb"]), "rgb", img_size=96, depths=(1, 1), embed_dim=24, num_heads=(1, 2))
-    assert e.mask_dim == 24 and e.add_token.layout == "NHWC"            # stem: (1, 24, 24, 24)
+    e = Backbone(
+        "swin_tiny_patch4_window7_224",
+        dict(rgb=MODS["rgb"]),
+        "rgb",
+        img_size=96,
+        depths=(1, 1),
+        embed_dim=24,
+        num_heads=(1, 2),
+    )
+    assert e.mask_dim == 24 and e.add_token.layout == "NHWC"  # stem: (1, 24, 24, 24)
     e = Backbone("test_resnet", dict(rgb=MODS["rgb"]), "rgb")
     assert e.feature_map(torch.randn(1, 3, 64, 64), "rgb").shape == (1, 96, 2, 2)
-    x = torch.randn(1, 3, 96 * 32, 32)                                  # a map of 96 x 1 cells, 96 channels
+    x = torch.randn(1, 3, 96 * 32, 32)  # a map of 96 x 1 cells, 96 channels
     assert e.feature_map(x, "rgb").shape == (1, 96, 96, 1)
     for shape in ((1, 64, 64, 64), (1, 5, 5, 7), (1, 50, 8), (1, 64), (1, 512, 7, 7)):
         with pytest.raises(DataError, match="can hold the channels"):
@@ -112,8 +122,10 @@ def test_weights_for_other_bands():
     w = torch.randn(4, 3, 3, 3)
     x = torch.randn(1, 1, 8, 8)
     want = nn.functional.conv2d(x.expand(1, 3, 8, 8), w)
-    for n in (1, 2, 5):                                                  # a grey image gives the same, whatever its bands
-        torch.testing.assert_close(nn.functional.conv2d(x.expand(1, n, 8, 8), first_weight(w, n)), want, atol=1e-5, rtol=1e-4)
+    for n in (1, 2, 5):  # a grey image gives the same, whatever its bands
+        torch.testing.assert_close(
+            nn.functional.conv2d(x.expand(1, n, 8, 8), first_weight(w, n)), want, atol=1e-5, rtol=1e-4
+        )
     torch.testing.assert_close(first_weight(w, 3), w)
     e = make("test_resnet", channels=3)
     v = torch.randn_like(e.switch.convs["shared"].weight)
@@ -123,7 +135,8 @@ def test_weights_for_other_bands():
     v, b = torch.randn(8, 3, 4, 4), torch.randn(8)
     e.adapt(v, b)
     for conv in e.switch.convs.values():
-        torch.testing.assert_close(conv.weight.sum(1), v.sum(1), atol=1e-5, rtol=1e-4), torch.equal(conv.bias, b)
+        torch.testing.assert_close(conv.weight.sum(1), v.sum(1), atol=1e-5, rtol=1e-4)
+        assert torch.equal(conv.bias, b)
     assert torch.equal(e.switch.convs["rgb"].weight, v)
 
 
@@ -131,14 +144,16 @@ def test_convolutions_of_other_kinds_stay_what_they_are():
     e = make("tf_efficientnet_lite0")
     assert {type(c).__name__ for c in e.switch.convs.values()} == {"Conv2dSame"}
     spread = {m: c.weight.std().item() for m, c in make("test_resnet").switch.convs.items()}
-    assert max(spread.values()) < 1.2 * min(spread.values())             # timm's own initialisation
+    assert max(spread.values()) < 1.2 * min(spread.values())  # timm's own initialisation
 
 
 def test_sizes():
     e = make("test_resnet")
     assert e.feature_map(torch.randn(1, 1, 32, 96), "dsm").shape == (1, 96, 1, 3)
     for h, w, near in ((33, 64, "32 or 64"), (16, 16, "32"), (64, 100, "96 or 128")):
-        with pytest.raises(DataError, match=f"dsm image of {h} x {w} px does not divide into cells of 32 px. Nearest sizes: {near} px"):
+        with pytest.raises(
+            DataError, match=f"dsm image of {h} x {w} px does not divide into cells of 32 px. Nearest sizes: {near} px"
+        ):
             e.feature_map(torch.randn(1, 1, h, w), "dsm")
     assert e.tile_multiple == 128 and e.patch_size == dict(rgb=32, dsm=32, s1=32)
     any_size = make("swin_tiny_patch4_window7_224", strict_img_size=False)
@@ -179,7 +194,11 @@ def test_gradients_reach_what_was_used_only():
     e = make("test_resnet").train()
     token = nn.Parameter(torch.zeros(e.mask_dim))
     e.feature_map(torch.randn(2, 3, 64, 64), "rgb", torch.ones(2, 1, 64, 64).bool(), token).square().sum().backward()
-    assert token.grad.abs().sum() > 0 and e.switch.convs["rgb"].weight.grad is not None and e.switch.convs["dsm"].weight.grad is None
+    assert (
+        token.grad.abs().sum() > 0
+        and e.switch.convs["rgb"].weight.grad is not None
+        and e.switch.convs["dsm"].weight.grad is None
+    )
     assert e.sizes == dict(rgb=(64, 64), dsm=(160, 160), s1=(160, 160))
 
 
@@ -192,12 +211,23 @@ def test_there_and_back():
 
 @pytest.mark.parametrize("kind", ["cnn", "swin", "vit"])
 def test_fresh_is_the_same_architecture(kind):
-    e = dict(cnn=lambda: make("test_resnet", channels=1, mask_at="layer1"), swin=lambda: make("swin_tiny_patch4_window7_224"),
-             vit=lambda: MultiModalViT("vit_tiny_patch16_224", MODS, "rgb", patch_size=4, shared_stem=True, embed_dim=48, depth=1, num_heads=3))[kind]()
+    e = dict(
+        cnn=lambda: make("test_resnet", channels=1, mask_at="layer1"),
+        swin=lambda: make("swin_tiny_patch4_window7_224"),
+        vit=lambda: MultiModalViT(
+            "vit_tiny_patch16_224", MODS, "rgb", patch_size=4, shared_stem=True, embed_dim=48, depth=1, num_heads=3
+        ),
+    )[kind]()
     e.sizes["rgb"] = (96, 96)
     f = e.fresh()
     assert {k: v.shape for k, v in e.state_dict().items()} == {k: v.shape for k, v in f.state_dict().items()}
-    assert f.sizes == e.sizes and f.sizes is not e.sizes and type(f) is type(e) and f.mask_dim == e.mask_dim and f.patch_size == e.patch_size
+    assert (
+        f.sizes == e.sizes
+        and f.sizes is not e.sizes
+        and type(f) is type(e)
+        and f.mask_dim == e.mask_dim
+        and f.patch_size == e.patch_size
+    )
     assert any((a != b).any() for a, b in zip(e.parameters(), f.parameters()))
 
 
@@ -213,7 +243,9 @@ def test_vit_has_the_same_face():
     hidden[:, :, :8, 8:] = True
     y = e.embed(x, "rgb")
     y[:, 1] += token
-    torch.testing.assert_close(e.feature_map(x, "rgb", hidden, token), e.trunk(y)[:, 1:].mT.unflatten(2, (4, 2)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        e.feature_map(x, "rgb", hidden, token), e.trunk(y)[:, 1:].mT.unflatten(2, (4, 2)), atol=1e-5, rtol=1e-4
+    )
     assert e.mask_dim == 48
 
 

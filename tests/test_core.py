@@ -9,7 +9,16 @@ from torch import nn
 
 from rs_selfsup.backbones import Backbone
 from rs_selfsup.encoders import MultiModalViT
-from rs_selfsup.methods.core import Method, PrototypeHead, check_batch, check_choice, check_weights, ema_update, frozen_copy, mlp
+from rs_selfsup.methods.core import (
+    Method,
+    PrototypeHead,
+    check_batch,
+    check_choice,
+    check_weights,
+    ema_update,
+    frozen_copy,
+    mlp,
+)
 from rs_selfsup.modalities import DataError, preset
 
 MODS = dict(rgb=preset("rgb", 0.5), dsm=preset("dsm", 0.5))
@@ -57,7 +66,7 @@ def test_closed_form_over_many_steps():
             p.data.normal_()
         want = {n: m * w + (1 - m) * student.get_parameter(n).detach() for n, w in want.items()}
         ema_update(teacher, student, m)
-    for n in names:                                                      # also the frozen ones
+    for n in names:  # also the frozen ones
         torch.testing.assert_close(teacher.get_parameter(n), want[n])
         assert not teacher.get_parameter(n).requires_grad
     assert not student.a.bias.requires_grad and student.a.weight.requires_grad
@@ -109,7 +118,7 @@ def test_modes_of_the_copies(kind):
         batch_norm = kind
 
     m = Mine(Net())
-    for _ in range(2):                                                   # train, eval, and train again
+    for _ in range(2):  # train, eval, and train again
         m.train()
         assert m.encoder.drop.training and not m.teacher.drop.training and not m.teacher.training
         assert m.teacher.bn.training is (kind == "batch") and m.slow[1].training is (kind == "batch")
@@ -178,17 +187,19 @@ def test_teacher_of_a_backbone_masks_with_its_own_token():
 
 def test_settings_find_their_place():
     m = Child.create("vit_tiny_patch16_224", MODS, "rgb", None, scale=3.0, extra=2, weights=dict(loss=2), **TINY)
-    assert (m.scale, m.extra, m.weights, m.encoder.embed_dim) == (3.0, 2, dict(loss=2), 48) and isinstance(m.encoder, MultiModalViT)
+    assert (m.scale, m.extra, m.weights, m.encoder.embed_dim) == (3.0, 2, dict(loss=2), 48) and isinstance(
+        m.encoder, MultiModalViT
+    )
     m = Child.create("test_resnet", MODS, "rgb", None, channels=1)
     assert isinstance(m.encoder, Backbone) and m.encoder.channels == 1
     enc = m.encoder
     assert Child.create(enc, MODS, "rgb", None, extra=1).encoder is enc
 
 
-@pytest.mark.parametrize(
-    "typo, near",
-    [("scael", "scale"), ("extr", "extra"), ("drop_pat_rate", "drop_path_rate"), ("shared_stm", "shared_stem"), ("weigths", "weights")],
-)
+TYPOS = dict(scael="scale", extr="extra", drop_pat_rate="drop_path_rate", shared_stm="shared_stem", weigths="weights")
+
+
+@pytest.mark.parametrize("typo, near", TYPOS.items())
 def test_unknown_settings_are_named(typo, near):
     with pytest.raises(DataError, match=f"unknown setting '{typo}' of Child.*Did you mean '{near}'"):
         Child.create("vit_tiny_patch16_224", MODS, "rgb", None, **{typo: 1}, **TINY)
@@ -197,18 +208,26 @@ def test_unknown_settings_are_named(typo, near):
 def test_settings_that_would_vanish():
     enc = MultiModalViT("vit_tiny_patch16_224", MODS, "rgb", **TINY)
     for kw in (dict(depth=3), dict(patch_size=16)):
-        with pytest.raises(DataError, match=f"unknown setting '{next(iter(kw))}' of Toy with an encoder that exists already"):
+        with pytest.raises(
+            DataError, match=f"unknown setting '{next(iter(kw))}' of Toy with an encoder that exists already"
+        ):
             Toy.create(enc, MODS, "rgb", None, **kw)
     with pytest.raises(DataError, match="unknown setting 'qqq'.*Settings of the method: extra, scale, weights"):
         Child.create("test_resnet", MODS, "rgb", None, qqq=1)
-    with pytest.raises(DataError, match="no encoder named 'vit_tiny_patch16'"):     # an error of another kind stays what it is
+    with pytest.raises(
+        DataError, match="no encoder named 'vit_tiny_patch16'"
+    ):  # an error of another kind stays what it is
         Toy.create("vit_tiny_patch16", MODS, "rgb", None)
 
 
 def test_checks():
     assert check_weights(dict(b=0), dict(a=1, b=2)) == dict(a=1, b=0)
+    nan = float("nan")
     for bad, why in (
-        (dict(c=1), "unknown loss term c"), (dict(a=-1), "the weight -1"), (dict(a=float("nan")), "the weight nan"), (dict(a=0, b=0), "nothing to learn"),
+        (dict(c=1), "unknown loss term c"),
+        (dict(a=-1), "weight -1"),
+        (dict(a=nan), "weight nan"),
+        (dict(a=0, b=0), "nothing to learn"),
     ):
         with pytest.raises(DataError, match=why):
             check_weights(bad, dict(a=1, b=2))
@@ -241,7 +260,12 @@ def test_prototypes():
     y = head(x)
     assert y.shape == (2, 3, 10) and head(x[0, :1]).shape == (1, 10)
     with torch.no_grad():
-        naive = torch.tensor([[[F.cosine_similarity(head.mlp(x[i, j]), w, dim=0) for w in head.prototypes] for j in range(3)] for i in range(2)])
+        naive = torch.tensor(
+            [
+                [[F.cosine_similarity(head.mlp(x[i, j]), w, dim=0) for w in head.prototypes] for j in range(3)]
+                for i in range(2)
+            ]
+        )
     torch.testing.assert_close(y, naive, atol=1e-5, rtol=1e-4)
 
 

@@ -8,7 +8,19 @@ import torch.nn.functional as F
 
 from rs_selfsup.backbones import Backbone
 from rs_selfsup.data.augment import Batch, Normalize, Normalized, draw_change
-from rs_selfsup.data.views import View, Window, blur, cell_centres, check_view, cut, draw_window, halvings, multi_crop, relight, whole_window
+from rs_selfsup.data.views import (
+    View,
+    Window,
+    blur,
+    cell_centres,
+    check_view,
+    cut,
+    draw_window,
+    halvings,
+    multi_crop,
+    relight,
+    whole_window,
+)
 from rs_selfsup.encoders import MultiModalViT
 from rs_selfsup.modalities import DataError, Modality, preset
 from rs_selfsup.randomness import STREAMS, keys, mix
@@ -42,7 +54,7 @@ def test_pixels_are_where_cell_centres_says(size):
         f = int(m[2:])
         n, edge = size // f, (0.5 * f * 2**k)[:, None, None]
         off = (x.flatten(2).mT - cell_centres(v, (n, n)).clamp(min=edge).clamp(max=48 - edge)).abs()
-        odd = torch.tensor([48 // f % 2 ** int(i) != 0 for i in k])       # blocks that share a pixel
+        odd = torch.tensor([48 // f % 2 ** int(i) != 0 for i in k])  # blocks that share a pixel
         assert off[~odd].max() < 1e-3 and (not odd.any() or off[odd].max() < 0.5 * f * 2 ** k.max())
 
 
@@ -56,7 +68,9 @@ def test_an_inner_crop_is_a_slice():
 def test_every_pixel_counts_when_the_window_is_large():
     x = torch.randn(4, 1, 64, 64, requires_grad=True)
     for size in (8, 16, 20, 32, 64):
-        (g,) = torch.autograd.grad(cut(Batch({"a": x}, {}, full=True), whole_window(KEY[:4]), size).images["a"].sum(), x)
+        (g,) = torch.autograd.grad(
+            cut(Batch({"a": x}, {}, full=True), whole_window(KEY[:4]), size).images["a"].sum(), x
+        )
         assert (g > 0).all(), size
 
 
@@ -74,7 +88,9 @@ def test_each_tile_has_its_own_level():
     x = torch.randn(4, 1, 64, 64)
     together = cut(Batch({"a": x}, {}, full=True), w, 16).images["a"]
     for i in range(4):
-        alone = cut(Batch({"a": x[i : i + 1]}, {}, full=True), Window(half[i : i + 1], 0 * half[:1], w.transpose[:1]), 16)
+        alone = cut(
+            Batch({"a": x[i : i + 1]}, {}, full=True), Window(half[i : i + 1], 0 * half[:1], w.transpose[:1]), 16
+        )
         torch.testing.assert_close(alone.images["a"], together[i : i + 1])
 
 
@@ -97,7 +113,15 @@ def test_valid_tiles_stay_valid():
 
 def _norm(mods=None):
     mods = mods or dict(a=Modality("a", (dict(name="x", unit="DN8"),), 1.0, "optical"))
-    stats = {m: dict(mean=[30.0 + i for i in range(o.n_bands)], std=[7.0] * o.n_bands, p01=[0.0] * o.n_bands, p99=[99.0] * o.n_bands) for m, o in mods.items()}
+    stats = {
+        m: dict(
+            mean=[30.0 + i for i in range(o.n_bands)],
+            std=[7.0] * o.n_bands,
+            p01=[0.0] * o.n_bands,
+            p99=[99.0] * o.n_bands,
+        )
+        for m, o in mods.items()
+    }
     return Normalize(mods, stats)
 
 
@@ -108,7 +132,14 @@ def test_light_is_that_of_stored_values():
     view = cut(Batch(norm(raw), {}, key=KEY[:3], full=True), whole_window(KEY[:3]), 8)
     lit = relight(view, norm, KEY[:3], 5, **args).images
     for i, (m, x) in enumerate(raw.items()):
-        c = draw_change(mods[m], mix(KEY[:3] + 5), norm.const(m, "std", x), norm.const(m, "lit", x), STREAMS["light"] - STREAMS["photometric"] + i, **args)
+        c = draw_change(
+            mods[m],
+            mix(KEY[:3] + 5),
+            norm.const(m, "std", x),
+            norm.const(m, "lit", x),
+            STREAMS["light"] - STREAMS["photometric"] + i,
+            **args,
+        )
         torch.testing.assert_close(lit[m], norm._one(x, m, None, c), atol=1e-4, rtol=1e-4)
         assert (lit[m] - norm(raw)[m]).abs().max() > 0.01 or m == "dsm"
 
@@ -116,16 +147,23 @@ def test_light_is_that_of_stored_values():
 def test_light_of_view_11_is_not_the_blur_of_view_1():
     norm, x = _norm(), torch.ones(4000, 1, 1, 1)
     many = keys(0, 0, torch.arange(4000))
-    make = lambda n: relight(View(dict(a=x), dict(a=x > 0), whole_window(many), (1, 1), True), norm, many, n, gain=0, shift=1.0).images["a"].flatten() - 1
+    make = lambda n: (
+        relight(View(dict(a=x), dict(a=x > 0), whole_window(many), (1, 1), True), norm, many, n, gain=0, shift=1.0)
+        .images["a"]
+        .flatten()
+        - 1
+    )
     shifts = torch.stack([make(n) for n in (0, 1, 10, 11, 99)])
     assert torch.corrcoef(shifts).triu(1).abs().max() < 0.06 and (shifts.std(1) - 0.577).abs().max() < 0.03
 
 
 def test_numbers_follow_the_tile_not_the_batch():
     norm, x = _norm(), torch.randn(32, 1, 16, 16)
+
     def go(rows):
         b = Batch(dict(a=x[rows]), {}, key=KEY[rows], full=True)
         return [blur(relight(v, norm, b.key, i), b.key, i).images["a"] for i, v in enumerate(multi_crop(b, 16, 2, 8))]
+
     rows = torch.tensor([7, 3, 30])
     for a, b in zip(go(torch.arange(32)), go(rows)):
         torch.testing.assert_close(a[rows], b, atol=1e-6, rtol=1e-6)
@@ -144,7 +182,9 @@ def test_blur_against_a_direct_convolution():
 
 def test_what_does_not_fit_is_said():
     b = coordinates(2)
-    with pytest.raises(DataError, match="every 6 px they all do.*multiple of 6, e.g. 12"):    # 2 and 3, not the larger of them
+    with pytest.raises(
+        DataError, match="every 6 px they all do.*multiple of 6, e.g. 12"
+    ):  # 2 and 3, not the larger of them
         cut(b, whole_window(b.key), 15)
     with pytest.raises(DataError, match="larger than the tiles of 48 px"):
         cut(b, whole_window(b.key), 54)
@@ -161,7 +201,11 @@ def test_views_are_checked_against_the_encoder():
     mods = dict(rgb=preset("rgb", 0.5), s1=preset("s1", 2.0))
     vit = MultiModalViT("vit_tiny_patch16_224", mods, "rgb", patch_size=8, embed_dim=48, depth=1, num_heads=3)
     check_view(vit, 64, 64)
-    for size, tile, why in ((4, None, "does not divide into patches of 8 px"), (65, None, "every 4 px"), (64, 32, "larger than the tiles of 32")):
+    for size, tile, why in (
+        (4, None, "does not divide into patches of 8 px"),
+        (65, None, "every 4 px"),
+        (64, 32, "larger than the tiles of 32"),
+    ):
         with pytest.raises(DataError, match=why):
             check_view(vit, size, tile)
     cnn = Backbone("test_resnet", mods, "rgb")

@@ -196,8 +196,7 @@ def multi_crop(
     **kw # of `draw_window`
 ) -> list: # of `View`, the global ones first
     "Global and local views of a batch"
-    if batch.key is None:
-        raise DataError('a batch without keys cannot be cropped at random', fix='Take it from `dataloaders`, or set key=randomness.keys(...).')
+    if batch.key is None: raise DataError('a batch without keys has no random crops', fix='Take it from `dataloaders`, or set key=randomness.keys(...).')
     out = [cut(batch, draw_window(batch.key, i, area, **kw), size) for i in range(n_global)]
     small = local_size or size//2
     return out + [cut(batch, draw_window(batch.key, n_global + i, local_area, **kw), small) for i in range(n_local)]
