@@ -151,14 +151,15 @@ def _look(self:Backbone):
     size, kw = self.timm_kw.get('img_size') or cfg['input_size'][1:], self.timm_kw
     self.img_size = size = (size, size) if isinstance(size, int) else tuple(size)
     self.fixed = bool(cfg.get('fixed_input_size')) and kw.get('strict_img_size', not kw.get('dynamic_img_size', False))
-    if not self.fixed: size = 7*self.stride, 11*self.stride
     stem, self.prefix = net.get_submodule(self.mask_at), getattr(net, 'num_prefix_tokens', 0)
-    stem.register_forward_hook(lambda module, args, y: seen.append(tuple(y.shape)))
-    y = net.forward_features(torch.zeros(1, next(iter(self.switch.convs.values())).in_channels, *size, device='meta'))
+    stem.register_forward_hook(lambda module, args, y: seen.append(tuple(getattr(y, 'shape', ()))))
+    look = lambda size: net.forward_features(torch.zeros(1, next(iter(self.switch.convs.values())).in_channels, *size, device='meta'))
+    try: y, size = look(two := size if self.fixed else (7*self.stride, 11*self.stride)), two
+    except (AssertionError, RuntimeError): self.fixed, y = True, look(size)      # takes its own size only, and does not say so
     self.layout, stride = find_layout(y.shape, size, self.embed_dim, getattr(net, 'output_fmt', None), self.prefix)
     if stride != self.stride: raise DataError(f'{self.name!r} has a stride of {stride} px, timm says {self.stride}', fix='Choose another network.')
-    layout, stride = find_layout(seen[0], size, None, getattr(stem, 'output_fmt', None) or getattr(net, 'output_fmt', None))
-    self.mask_dim, self.add_token = seen[0][1 if layout == 'NCHW' else -1], AddToken(layout, stride)
+    layout, stride = find_layout(seen[-1], size, None, getattr(stem, 'output_fmt', None) or getattr(net, 'output_fmt', None))
+    self.mask_dim, self.add_token = seen[-1][1 if layout == 'NCHW' else -1], AddToken(layout, stride)
     self.net.get_submodule(self.mask_at).register_forward_hook(self.add_token)
 
 # %% ../nbs/41_backbones.ipynb #383d39c8

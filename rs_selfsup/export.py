@@ -208,7 +208,7 @@ def load_encoder(
     if h['modality'] != 'all':
         p = _parts(enc)
         place = lambda k: k.replace(p.first, p.stem('shared' if shared else a), 1) if k.startswith(p.first) else p.trunk + k
-        state = {place(k): v for k, v in state.items() if k != 'pos_embed'}
+        state = {place(k): v for k, v in state.items() if k != 'pos_embed' or h.get('kind') == 'backbone'}
     enc.load_report = load_weights(enc, state, file=path)
     enc.stats, enc.config, enc.recipe = h['stats'], h['config'], h.get('normalize')
     return enc.eval()

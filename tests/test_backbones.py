@@ -268,3 +268,15 @@ def test_which_encoder_a_name_means():
             Backbone(name, MODS, "rgb")
     with pytest.raises(DataError, match="img_sise"):
         make("swin_tiny_patch4_window7_224", img_sise=32)
+
+
+def test_networks_of_one_size_that_do_not_say_so():
+    e = Backbone("hiera_tiny_224", dict(rgb=MODS["rgb"]), "rgb", embed_dim=24, num_heads=1, stages=(1, 1, 1, 1)).eval()
+    assert e.fixed and e.layout == "NLC" and e.feature_map(torch.randn(1, 3, 224, 224), "rgb").shape == (1, 192, 7, 7)
+    with pytest.raises(DataError, match="was made for 224 x 224 px"):
+        e.grid("rgb", (64, 64))
+
+
+def test_a_stem_that_hands_on_more_than_a_map():
+    with pytest.raises(DataError, match="features of shape .*Name another module as mask_at"):
+        Backbone("xcit_nano_12_p8_224", dict(rgb=MODS["rgb"]), "rgb", depth=1)
