@@ -433,3 +433,18 @@ def test_batches_that_cannot_be_used():
     torn.images = Normalized(s2=torn.images["s2"], s1=torn.images["s1"][..., :8, :8])
     with pytest.raises(DataError, match="same ground"):
         method(torn)
+
+
+@pytest.mark.parametrize("scheme", ["single", "three"])
+def test_an_exported_encoder_knows_its_bands(scheme, tmp_path):
+    "What comes back from the file sees the bands of the one that was written, and says the same of a tile."
+    from rs_selfsup.export import export_encoder, load_encoder
+
+    norm = "group" if scheme == "three" else "batch"
+    method = make(scheme, norm=norm).eval()
+    path = export_encoder(method.encoder, tmp_path / "e.safetensors", "all")
+    back = load_encoder(path)
+    assert type(back) is BandEncoder and back.bands == method.encoder.bands and back.norm == norm
+    batch = fields(n=2)
+    with torch.no_grad():
+        torch.testing.assert_close(back.features(batch.images), method.encoder.features(batch.images))

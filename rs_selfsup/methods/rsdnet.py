@@ -232,6 +232,12 @@ def features(self:BandEncoder,
     return (y*real[..., None]).sum(1)/real.sum(1, keepdim=True).clamp(min=1)
 
 # %% ../../nbs/52_methods.rsdnet.ipynb #814168ec
+@patch(as_prop=True)
+def kept(self:BandEncoder) -> dict:  # what an exported file must say, beside what a `Backbone` does
+    "Bands, norm, and the deviations in dB of each radar"
+    std = {m: getattr(self, self._std(m)).tolist() for m in self.modalities if self._std(m) in self._buffers}
+    return dict(bands={m: list(b) for m, b in self.bands.items()}, norm=self.norm, std=std)
+
 @patch
 def fresh(self:BandEncoder) -> BandEncoder:
     "The same architecture, new weights"
