@@ -282,7 +282,7 @@ def as_file(kind, state, path):
         dino_teacher=dict(student=front("module.backbone.", zero), teacher=front("backbone.", state) | {"head.mlp.0.weight": torch.zeros(2)}, epoch=3),
         dino_backbone=front("module.backbone.", state),
         mae=dict(model=state | {"mask_token": torch.zeros(1, 1, 8)} | front("decoder_blocks.0.", zero)),
-        mae_encoder=dict(model=front("encoder.", state) | front("decoder.", {"a": torch.zeros(1)})), 
+        mae_encoder=dict(model=front("encoder.", state) | front("decoder.", {"a": torch.zeros(1)})),
         state_dict=dict(state_dict=front("module.", state), lr=0.1),
         both=front("student.", zero) | front("teacher.", state), compiled=front("_orig_mod.module.net.", state),
     )  # fmt: skip
