@@ -239,11 +239,15 @@ def test_moving_average_with_buffers():
     method.update_teacher(0.9)
     for t, b, s in zip(method.teacher.parameters(), before.parameters(), method.encoder.parameters()):
         torch.testing.assert_close(t, 0.9 * b + 0.1 * s, atol=1e-5, rtol=1e-5)
-    for k in method.teachers:
-        for t, s in zip(getattr(method, k).buffers(), getattr(method, method.teachers[k]).buffers()):
-            assert torch.equal(t, s)
-    counts = [b for n, b in method.teacher.named_buffers() if "num_batches_tracked" in n]
-    assert counts and all(c == 1 for c in counts)
+    # BatchNorm of the teacher has statistics of its own; all other buffers are the student's
+    norms = lambda net: [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for t, b, s in zip(norms(method.teacher), norms(before), norms(method.encoder)):
+        assert torch.equal(t.running_mean, b.running_mean) and not torch.equal(t.running_mean, s.running_mean)
+        assert t.num_batches_tracked == s.num_batches_tracked == 1
+    three = make("three")
+    three.encoder.std_s1.fill_(7)
+    three.update_teacher(0.9)
+    assert (three.teacher.std_s1 == 7).all()
 
 
 def test_a_repeated_band_is_one_band_with_the_summed_kernel():
