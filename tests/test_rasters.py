@@ -976,3 +976,14 @@ def test_two_readers_close_in_any_order(tmp_path):
     a.close()
     assert b.read(0, 0, 8, 8)[1]['rgb'].all()
     b.close()
+
+
+def test_real_radar_bands_are_in_the_order_their_names_say(real_data):
+    "Like-polarised backscatter is stronger than cross-polarised: by 5 to 15 dB on these samples."
+    scenes = load_scenes(Path(__file__).parents[1] / "data_recipes/scenes/bigearthnet_s1s2.yaml")
+    assert scenes.modalities["s1"].band_names == ["VV", "VH"]
+    for scene in scenes.scenes:
+        with SceneReader(scene, scenes) as r:
+            images, valid = r.read(0, 0, r.height, r.width)
+        vv, vh = images["s1"][:, np.squeeze(valid["s1"])].mean(1)
+        assert vv > vh + 3
