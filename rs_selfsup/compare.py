@@ -226,7 +226,7 @@ def _wait(futures, pool, shared, progress):
     with tqdm(total=len(futures), desc="pre-training", disable=not progress, bar_format=bar_format) as bar:
         while not all(f.done() for f in futures):
             time.sleep(0.5)
-            bar.update(max(shared.value, sum(f.done() for f in futures)) - bar.n)
+            bar.update(min(len(futures), max(shared.value, sum(f.done() for f in futures))) - bar.n)
             for f in futures:
                 if f.done() and f.exception():
                     pool.shutdown(wait=False, cancel_futures=True)
