@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'SLOW', 'Row', 'line', 'timed', 'paired', 'bench_build', 'bench_torchgeo', 'bench_memory', 'bench_masks',
-           'tiny_learner', 'bench_step', 'step_parts', 'bench_parts', 'bench_demo', 'run_benchmarks']
+           'tiny_learner', 'demo_threads', 'bench_step', 'step_parts', 'bench_parts', 'bench_demo', 'run_benchmarks']
 
 # %% ../nbs/96_bench.ipynb #00000003
 import json
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def _raster(path: Path, side: int, bands: int = 4, seed: int = 0):
     g = np.random.default_rng(seed)
     strip = g.integers(1, 200, (bands, 512, side), dtype=np.uint8)
     kw = dict(driver="GTiff", width=side, height=side, count=bands, dtype="uint8", crs="EPSG:32631", transform=from_origin(5e5, 5e6, 0.5, 0.5),
-              tiled=True, blockxsize=512, blockysize=512, BIGTIFF="IF_SAFER")
+              compress="deflate", zlevel=1, num_threads="all_cpus", tiled=True, blockxsize=512, blockysize=512, BIGTIFF="IF_SAFER")
     with rasterio.open(path, "w", **kw) as f:
         for row in range(0, side, 512):
             h = min(512, side - row)
@@ -117,7 +118,7 @@ def _reads(store, folder, tile, repeats, n=512) -> list[Row]:
 
 # %% ../nbs/96_bench.ipynb #000000bb
 def bench_build(
-    side: int = 4096,  # px of the scene
+    side: int = 8192,  # px of the scene
     tile: int = 224,  # px
     repeats: int = 3,  # pairs per ratio
 ) -> list[Row]:
@@ -253,16 +254,25 @@ def tiny_learner(
     s = DemoSettings(n_scenes=8, bs=bs, splits=(1, 0, 0), encoder={} if gpu else DemoSettings().encoder)
     return make_learner(make_store(folder, s, progress=False), s.trial(seed))
 
+# %% ../nbs/96_bench.ipynb #00000151
+@contextmanager
+def demo_threads():
+    "One thread for torch on the CPU, as each run of the demo has; afterwards as before."
+    n = torch.get_num_threads()
+    torch.set_num_threads(n if torch.cuda.is_available() else 1)
+    try: yield
+    finally: torch.set_num_threads(n)
+
 # %% ../nbs/96_bench.ipynb #000000c0
 def bench_step(
     repeats: int = 5,  # pairs of runs
-    steps: int = 20,  # of a run, rounded to whole epochs
+    steps: int = 100,  # of a run, rounded to whole epochs: what happens once a run should not weigh much
 ) -> list[Row]:
     "The Learner against a bare loop, masks and waiting as shares of a step."
     from rs_selfsup.callbacks import read_log
     from rs_selfsup.pretrain import bare_loop
 
-    with tempfile.TemporaryDirectory() as d:
+    with demo_threads(), tempfile.TemporaryDirectory() as d:
         d = Path(d)
         learn = tiny_learner(d)
         epochs = max(1, round(steps / len(learn.dls.train)))
@@ -341,7 +351,7 @@ def bench_parts(
     inner: int = 5,  # calls of each in a round
 ) -> list[Row]:
     "A step against the sum of its parts, all timed in turn."
-    with tempfile.TemporaryDirectory() as d:
+    with demo_threads(), tempfile.TemporaryDirectory() as d:
         learn = tiny_learner(Path(d))
         learn.method.train()
         whole, parts = step_parts(learn.method, learn.dls.train.one_batch()[0])
