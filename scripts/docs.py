@@ -149,7 +149,7 @@ def symbol(text):
     "What nbdev's `show_doc` says of a symbol: an anchor as its index names it, and the parameters as a table."
     text = re.sub(r"^---\n+", "", text)
     text = re.sub(r"(\[source\]\([^)]*\))\{[^}]*\}", r"\1{ .nb-source-link }", text)
-    text = re.sub(r"^(#+) (\S+)$", lambda m: f"{m[1]} {m[2]} {{ #{m[2].lower()} .api }}", text, count=1, flags=re.M)
+    text = re.sub(r"^(#+) (\S+)$", lambda m: api_heading(m[1], m[2]), text, count=1, flags=re.M)
     text = text.replace("*Call self as a function.*", "")
     if not (found := SIGNATURE.search(text)):
         return text
@@ -312,11 +312,18 @@ def api_pages(cfg, pages):
     return ["api/index.md", *nav]
 
 
+def api_heading(marks, name):
+    "A symbol's heading with its name as anchor; the underscores of __iter__ are no emphasis, and such an anchor cannot be written."
+    if "__" in name:
+        return f"{marks} {name.replace('_', chr(92) + '_')} {{ .api }}"
+    return f"{marks} {name} {{ #{name.lower()} .api }}"
+
+
 def api_entry(shown, name, obj):
     "What nbdev shows of one symbol, with its name in full and the first paragraphs of its documentation."
     text = symbol(shown._repr_markdown_())
     return re.sub(
-        r"^(#+) \S+ \{ #\S+ \.api \}", lambda m: f"{m[1]} {name} {{ #{name.lower()} .api }}", text, count=1, flags=re.M
+        r"^(#+) \S+ \{ (?:#\S+ )?\.api \}", lambda m: api_heading(m[1], name), text, count=1, flags=re.M
     )
 
 
