@@ -201,11 +201,19 @@ def bench_torchgeo(
 
 # %% ../nbs/96_bench.ipynb #0000000e
 _PEAK = """
-import resource, sys
+import sys
 from rs_selfsup.data.tiles import build_store
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak():  # MiB; not ru_maxrss, which a process inherits from the one that started it
+    try:
+        with open("/proc/self/status") as f: return next(int(line.split()[1]) / 2**10 for line in f if line.startswith("VmHWM"))
+    except OSError:  # macOS: no /proc, and bytes
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+before = peak()
 build_store(sys.argv[1], sys.argv[2], tile=224, splits=(1, 0, 0), buffer=0, progress=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, before / 2**10)
+print(peak(), before)
 """
 
 # %% ../nbs/96_bench.ipynb #2debf6bb
