@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .encoders import MultiModalViT, adapt_stem
+from .encoders import MultiModalViT, adapt_stem, same_build
 from .modalities import DataError
 
 # %% ../nbs/41_backbones.ipynb #00000005
@@ -213,19 +213,10 @@ def forward(self:Backbone, x:Tensor, mod:str) -> Tensor: # -> (B, D)
     return self.feature_map(x, mod).mean((2, 3))
 
 # %% ../nbs/41_backbones.ipynb #7627c337
-def _same_build(new, old):
-    "`new`, if it has the names and shapes of `old`"
-    shapes = lambda e: {k: v.shape for k, v in e.state_dict().items()}
-    if shapes(new) != shapes(old):
-        raise DataError(f'{old.name!r} cannot be built again from its name and settings', fix='Make the encoder from a timm name, not from a model.')
-    for k in ('sizes', 'patch_size', 'token_size_m'):
-        if k in old.__dict__: setattr(new, k, copy.copy(old.__dict__[k]))
-    return new.to(next(old.parameters()).device)
-
 @patch
 def fresh(self:Backbone) -> Backbone:
     "The same architecture, new weights"
-    return _same_build(Backbone(self.name, self.modalities, self.anchor, channels=self.channels, mask_at=self.mask_at, **self.timm_kw), self)
+    return same_build(Backbone(self.name, self.modalities, self.anchor, channels=self.channels, mask_at=self.mask_at, **self.timm_kw), self)
 
 # %% ../nbs/41_backbones.ipynb #00000009
 @patch
@@ -271,12 +262,6 @@ def feature_map(self:MultiModalViT,      # noqa: F811
     y = self.embed(x, mod)
     if hidden is not None: y = y + from_map(F.adaptive_avg_pool2d(hidden.float(), grid)*token[:, None, None], 'NLC').to(y.dtype)
     return as_map(self.trunk(y), 'NLC', grid, 1)
-
-@patch
-def fresh(self:MultiModalViT) -> MultiModalViT:      # noqa: F811
-    "The same architecture, new weights"
-    return _same_build(MultiModalViT(self.name, self.modalities, self.anchor, patch_size=self.patch_size[self.anchor], shared_stem=self.shared_stem,
-                                     **self.timm_kw), self)
 
 # %% ../nbs/41_backbones.ipynb #ec4373fd
 def create_encoder(

@@ -7,6 +7,7 @@ __all__ = ['BENCHMARKS', 'SLOW', 'Row', 'line', 'timed', 'paired', 'bench_build'
            'tiny_learner', 'demo_threads', 'bench_step', 'step_parts', 'bench_parts', 'bench_demo', 'run_benchmarks']
 
 # %% ../nbs/96_bench.ipynb #00000003
+import inspect
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -204,16 +205,9 @@ _PEAK = """
 import sys
 from rs_selfsup.data.tiles import build_store
 
-def peak():  # MiB; not ru_maxrss, which a process inherits from the one that started it
-    try:
-        with open("/proc/self/status") as f: return next(int(line.split()[1]) / 2**10 for line in f if line.startswith("VmHWM"))
-    except OSError:  # macOS: no /proc, and bytes
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-before = peak()
+before = peak_rss()
 build_store(sys.argv[1], sys.argv[2], tile=224, splits=(1, 0, 0), buffer=0, progress=False)
-print(peak(), before)
+print(peak_rss(), before)
 """
 
 # %% ../nbs/96_bench.ipynb #2debf6bb
@@ -221,10 +215,12 @@ def bench_memory(
     sides=(5000, 20000),  # px of the scenes, a row for each
 ) -> list[Row]:
     "Peak memory of a build, small scene and large."
-    rows = []
+    from rs_selfsup.compare import peak_rss
+
+    script, rows = inspect.getsource(peak_rss) + _PEAK, []  # the child imports no torch
     for side in sides:
         with tempfile.TemporaryDirectory() as d:
-            done = subprocess.run([sys.executable, "-W", "ignore", "-c", _PEAK, str(_scenes(Path(d), side)), str(Path(d) / "store")],
+            done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(_scenes(Path(d), side)), str(Path(d) / "store")],
                                   check=True, capture_output=True, text=True)
         peak, before = map(float, done.stdout.split()[-2:])
         rows.append(Row(f"peak memory of build, {side} x {side} x 4", peak, 1024, "max", "MiB", f"{before:.0f} MiB after import"))
@@ -253,6 +249,7 @@ def tiny_learner(
     folder: Path,  # for scenes and store; used again if they are there
     bs: int = 64,  # tiles per batch
     seed: int = 0,  # of the trial
+    workers: int = 0,  # processes that read tiles
 ):
     "A Learner on embedded scenes: the demo's on the CPU, a ViT-S on a GPU."
     from rs_selfsup.compare import make_learner
@@ -260,7 +257,7 @@ def tiny_learner(
 
     gpu = torch.cuda.is_available()
     s = DemoSettings(n_scenes=8, bs=bs, splits=(1, 0, 0), encoder={} if gpu else DemoSettings().encoder)
-    return make_learner(make_store(folder, s, progress=False), s.trial(seed))
+    return make_learner(make_store(folder, s, progress=False), replace(s.trial(seed), workers=workers))
 
 # %% ../nbs/96_bench.ipynb #00000151
 @contextmanager
@@ -286,9 +283,9 @@ def bench_step(
         epochs = max(1, round(steps / len(learn.dls.train)))
         n = [0]
 
-        def fit():
+        def fit(workers=0):
             n[0] += 1
-            fresh = tiny_learner(d)
+            fresh = tiny_learner(d, workers=workers)
             with fresh.no_bar(), fresh.no_logging():
                 start = time.perf_counter()
                 fresh.fit_pretrain(epochs, checkpoint_dir=d / f"run{n[0]}", save_every=None, monitor=True, knn=False)
@@ -297,9 +294,10 @@ def bench_step(
         bare = lambda: bare_loop(tiny_learner(d), epochs * len(learn.dls.train))["seconds"]
         fit(), bare()
         ratio = float(np.median([bare() / fit() for _ in range(repeats)]))
+        fit(workers=2)
         wait = [r["data_wait"] for r in read_log(d / f"run{n[0]}") if r["kind"] == "step"]
         return [Row("Learner.fit_pretrain against a bare PyTorch loop, images/s", ratio, 0.95),
-                Row("waiting for data, share of the step", float(np.median(wait)), 0.05, "max", ""), _mask_share(learn, repeats)]
+                Row("waiting for data, share of the step, 2 workers", float(np.median(wait)), 0.05, "max", ""), _mask_share(learn, repeats)]
 
 # %% ../nbs/96_bench.ipynb #000000d0
 def _mask_share(learn, repeats) -> Row:

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['PROBE', 'Trial', 'splits_with_tiles', 'make_learner', 'epochs_in', 'seconds_per_step', 'finished', 'peak_memory',
-           'leave_files', 'train_and_read', 'Counter', 'run_trial', 'run_trials', 'all_labels', 'margins', 'verdict',
-           'plot_methods', 'compare']
+           'peak_rss', 'leave_files', 'train_and_read', 'Counter', 'run_trial', 'run_trials', 'all_labels', 'margins',
+           'verdict', 'plot_methods', 'compare']
 
 # %% ../nbs/64_compare.ipynb #00000003
 import json
-import platform
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -40,6 +39,7 @@ class Trial:
     minutes: float | None = None  # instead of epochs: as many as fit into this time, by the first steps; at least one
     bs: int = 64  # tiles per batch
     crop: int | None = None  # px of the anchor; None: whole tiles
+    workers: int = 0  # processes that read tiles
     lr: float | None = None  # None: 1.5e-4 per 256 tiles
     momentum: tuple = (0.99, 1.0)  # of the teacher: runs of minutes need a quick one
     settings: dict = field(default_factory=dict)  # of method, encoder and timm
@@ -63,7 +63,7 @@ def make_learner(
     "The Learner of a trial."
     if t.method not in LEARNERS:
         raise DataError(f"unknown method {t.method!r}", fix=f"Choose from {list(LEARNERS)}.")
-    dls = dataloaders(store, bs=t.bs, crop=t.crop, workers=0, seed=t.seed, splits=splits_with_tiles(store))
+    dls = dataloaders(store, bs=t.bs, crop=t.crop, workers=t.workers, seed=t.seed, splits=splits_with_tiles(store))
     return LEARNERS[t.method](dls, t.encoder, t.patch_size, t.seed, **t.settings)
 
 # %% ../nbs/64_compare.ipynb #0000000a
@@ -112,10 +112,18 @@ def finished(
 # %% ../nbs/64_compare.ipynb #7c9c2e1e
 def peak_memory() -> float:  # MiB
     "Largest memory of this process so far, or of the GPU where it computes there."
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 2**20
-    import resource
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else peak_rss()
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
+
+def peak_rss() -> float:  # MiB
+    "Largest resident memory of this process; not `ru_maxrss` where it can be had otherwise: a process inherits that from its parent."
+    try:
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) / 2**10 for line in f if line.startswith("VmHWM"))
+    except OSError:  # macOS has no /proc, and counts in bytes
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 # %% ../nbs/64_compare.ipynb #61ec4c1d
 def leave_files(

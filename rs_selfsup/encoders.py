@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'ground_positions', 'sincos', 'patchify', 'take', 'Stem', 'band_colour', 'adapt_stem', 'create_vit',
-           'MultiModalViT', 'attention_mask', 'token_shares']
+           'MultiModalViT', 'attention_mask', 'token_shares', 'same_build']
 
 # %% ../nbs/40_encoders.ipynb #00000003
 import copy, difflib, math
@@ -332,3 +332,23 @@ def features(self:MultiModalViT,
             cls = cls * (share.amax(1, keepdim=True) > 0)
         out += dict(mean=[mean], cls=[cls], both=[cls, mean])[pool]
     return torch.cat(out, 1)
+
+# %% ../nbs/40_encoders.ipynb #0040f002
+def same_build(
+    new:nn.Module,       # an encoder made of the name and settings of `old`
+    old:nn.Module,
+) -> nn.Module:          # `new`, on the device of `old`, with its image and token sizes
+    "`new`, if it has the names and shapes of `old`"
+    shapes = lambda e: {k: v.shape for k, v in e.state_dict().items()}
+    if shapes(new) != shapes(old):
+        raise DataError(f'{old.name!r} cannot be built again from its name and settings', fix='Make the encoder from a timm name, not from a model.')
+    for k in ('sizes', 'patch_size', 'token_size_m'):
+        if k in old.__dict__: setattr(new, k, copy.copy(old.__dict__[k]))
+    return new.to(next(old.parameters()).device)
+
+# %% ../nbs/40_encoders.ipynb #0040f003
+@patch
+def fresh(self:MultiModalViT) -> MultiModalViT:
+    "The same architecture, new weights"
+    patch_size = self.patch_size[self.anchor]
+    return same_build(MultiModalViT(self.name, self.modalities, self.anchor, patch_size=patch_size, shared_stem=self.shared_stem, **self.timm_kw), self)

@@ -321,8 +321,6 @@ def random_like(
     seed: int = 0,  # of the weights
 ) -> nn.Module:
     "The same architecture at random initialisation."
-    import rs_selfsup.backbones  # noqa: F401  gives a `MultiModalViT` its `fresh`
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         twin = encoder.fresh()

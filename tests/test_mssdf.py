@@ -7,47 +7,27 @@ import socket
 
 import pytest
 import torch
+import toy_ground as ground
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rs_selfsup.data.augment import Normalize
-from rs_selfsup.data.loading import Batch
 from rs_selfsup.encoders import MultiModalViT
 from rs_selfsup.losses.alignment import dense_infonce
-from rs_selfsup.methods.mssdf import MSSDF, area_pool, pca_rgb, spread_tokens, visible_tokens
+from rs_selfsup.methods.core import area_pool, pca_rgb
+from rs_selfsup.methods.mssdf import MSSDF, spread_tokens, visible_tokens
 from rs_selfsup.modalities import DataError, preset
-from rs_selfsup.randomness import keys
 
 TWO = dict(rgb=preset("rgb", 0.5), dsm=preset("dsm", 0.5))
 THREE = dict(TWO, s1=preset("s1", 2.0))
 FOUR = dict(TWO, s2=preset("s2_l2a", 10.0), s1=preset("s1", 2.0))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    "Tensors this small are slower on two threads, and far slower on a busy machine."
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def fields(n, size, mods=TWO, seed=0, full=True):
-    "Smooth random fields, seen by every modality at its own resolution."
-    g = torch.Generator().manual_seed(seed)
-    f = F.interpolate(torch.rand(n, 3, 4, 4, generator=g), size=size, mode="bicubic").clamp(0, 1) * 255
-    images, valid = {}, {}
-    for m, mod in mods.items():
-        s = round(size * 0.5 / mod.gsd)
-        x = F.interpolate(f, size=s, mode="area")
-        images[m] = x if mod.n_bands == 3 else x.mean(1, keepdim=True).repeat(1, mod.n_bands, 1, 1)
-        valid[m] = torch.ones(n, 1, s, s, dtype=torch.bool)
-    if not full:
-        for i, m in enumerate(mods):
-            valid[m][i % n] = False
-            valid[m][(i + 1) % n, :, : valid[m].shape[2] // 2] = False
-    return Batch(images, valid, tile=torch.arange(n), key=keys(seed, 0, torch.arange(n)), full=full)
+def fields(n, size, mods=TWO, **kw):
+    return ground.fields(n, size, mods, **kw)
 
 
 def make(mods=TWO, published=False, seed=0, **kw):
@@ -274,19 +254,11 @@ def test_sample_without_any_data():
 
 # --- the step
 
-class NoSync(TorchDispatchMode):
-    "Raises where a value would be read back to the host."
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert str(func) not in ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default"), func
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("kw", [{}, dict(crossmodal="literal", mask="block"), dict(align_on="masked", mask_per_modality=True, hsic="cka", negatives="all")])
 def test_no_synchronisation_in_a_step(kw, full):
     method, batch = make(FOUR, **kw), fields(4, 40, FOUR, full=full)
-    with NoSync():
+    with ground.NoSync():
         total(method, method(batch)).backward()
         method.update_teacher(0.99)
 

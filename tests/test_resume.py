@@ -9,12 +9,7 @@ from rs_selfsup.modalities import DataError
 SCRIPT = Path(toy.__file__)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def start(*args, **kw):

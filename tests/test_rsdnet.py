@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from toy_ground import NoSync
 
 from rs_selfsup.callbacks import feature_health
 from rs_selfsup.data.augment import Normalize, Normalized
@@ -19,13 +19,7 @@ PAIR = dict(s2=preset("s2_l2a"), s1=preset("s1"))
 STILL = dict(area=(1, 1), ratio=(1, 1), flips=False, rot90=False, gain=0, shift=0)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    "Tensors this small are slower on two threads."
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def statistics(mods):
@@ -354,14 +348,6 @@ def test_group_norm_survives_fresh():
 
 
 # --- the step
-
-class NoSync(TorchDispatchMode):
-    "Raises where a value would be read back to the host."
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert str(func) not in ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default"), func
-        return func(*args, **(kwargs or {}))
-
 
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("kw", [{}, dict(scheme="three", crops="same")])

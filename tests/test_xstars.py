@@ -7,6 +7,7 @@ import socket
 
 import pytest
 import torch
+import toy_ground as ground
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
@@ -15,13 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rs_selfsup import export
 from rs_selfsup.backbones import create_encoder
 from rs_selfsup.data.augment import Normalize
-from rs_selfsup.data.loading import Batch, dataloaders
+from rs_selfsup.data.loading import dataloaders
 from rs_selfsup.encoders import MultiModalViT
 from rs_selfsup.export import export_encoder, load_encoder
 from rs_selfsup.losses.msad import msad
 from rs_selfsup.methods.xstars import XSTARS, Looked, cross_sensor_retrieval, look, meet, recall_at_1, turns
 from rs_selfsup.modalities import Band, DataError, Modality, preset
-from rs_selfsup.randomness import keys
 
 TWO = dict(rgb=preset("rgb", 0.5), nir=preset("nir", 0.5))
 THREE = dict(TWO, spot=preset("rgbn", 1.5))
@@ -29,29 +29,11 @@ COARSE = dict(rgb=preset("rgb", 0.5), s2=preset("s2_l2a", 10.0))
 SMALL = dict(prototypes=64, head_hidden=32, bottleneck=16, project=16, project_hidden=32, n_local=2, freeze_last=0)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def fields(n, size, mods=TWO, seed=0, full=True):
-    "Smooth random fields, seen by every sensor at its own resolution"
-    g = torch.Generator().manual_seed(seed)
-    f = F.interpolate(torch.rand(n, 3, 4, 4, generator=g), size=size, mode="bicubic").clamp(0, 1) * 255
-    images, valid = {}, {}
-    for m, mod in mods.items():
-        s = round(size * 0.5 / mod.gsd)
-        x = F.interpolate(f, size=s, mode="area")
-        images[m] = x if mod.n_bands == 3 else x.mean(1, keepdim=True).repeat(1, mod.n_bands, 1, 1)
-        valid[m] = torch.ones(n, 1, s, s, dtype=torch.bool)
-    if not full:
-        for i, m in enumerate(mods):
-            valid[m][i % n] = False
-            valid[m][(i + 1) % n, :, : valid[m].shape[2] // 2] = False
-    return Batch(images, valid, tile=torch.arange(n), key=keys(seed, 0, torch.arange(n)), full=full)
+def fields(n, size, mods=TWO, **kw):
+    return ground.fields(n, size, mods, **kw)
 
 
 def normalizer(mods):

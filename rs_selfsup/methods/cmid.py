@@ -17,8 +17,7 @@ from ..distributed import world
 from ..losses.contrastive import Queue, check_queue, infonce
 from ..losses.distillation import byol_loss, centred_softmax, prototype_loss, temperature_schedule, update_center
 from ..losses.reconstruction import focal_frequency, focal_l1
-from .core import _BN, Method, PrototypeHead, check_batch, check_choice, check_weights, mlp
-from .mssdf import pca_rgb
+from .core import _BN, Method, PrototypeHead, check_batch, check_choice, check_weights, mlp, pca_rgb
 from ..modalities import DataError
 from ..randomness import STREAMS, uniform
 

@@ -19,8 +19,7 @@ from ..data.augment import Normalized, grid_factors
 from ..data.views import cut, draw_window, relight
 from ..distributed import world
 from ..losses.distillation import byol_loss
-from .core import Method, check_batch, check_choice, check_weights, mlp
-from .mssdf import pca_rgb
+from .core import Method, check_batch, check_choice, check_weights, mlp, pca_rgb
 from ..modalities import DataError, pick, preset
 from ..randomness import STREAMS, uniform
 

@@ -25,8 +25,7 @@ from ..losses.alignment import NEGATIVES
 from ..losses.distillation import centred_softmax, dino_loss, koleo, sinkhorn, temperature_schedule, update_center
 from ..losses.msad import msad
 from ..masking.adaptive import token_validity
-from .core import Method, PrototypeHead, check_batch, check_choice, check_weights, frozen_copy, mlp
-from .mssdf import area_pool, pca_rgb
+from .core import Method, PrototypeHead, check_batch, check_choice, check_weights, frozen_copy, mlp, area_pool, pca_rgb
 from ..modalities import DataError
 
 # %% ../../nbs/53_methods.xstars.ipynb #0000000a
