@@ -1,7 +1,7 @@
 """Check the built site: python scripts/check_site.py [FOLDER]
 
 No link, anchor, image, script or style sheet may be missing, and none may be fetched from elsewhere
-(links to follow may lead there).
+(links to follow may lead there). No Markdown may be left in the text: a link within a link, a heading's attributes.
 """
 
 import re
@@ -25,6 +25,8 @@ LOADS = {
     "use": ["href", "xlink:href"],
     "image": ["href", "xlink:href"],
 }
+VERBATIM = {"code", "pre", "script", "style", "math", "title"}
+RAW = re.compile(r"\]\(|\{ ?[#.:]\w")  # what is left of a link or of attributes that were not understood
 NOT_LOADED = {"canonical", "next", "prev", "edit", "alternate", "license", "author"}
 
 
@@ -34,6 +36,7 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__(convert_charrefs=True)
         self.ids, self.links, self.loads, self.style, self.classes = set(), [], [], False, set()
+        self.verbatim, self.raw = 0, []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
@@ -49,13 +52,17 @@ class Page(HTMLParser):
                 self.loads += [u.split()[0] for u in a[name].split(",") if u.split()] if name == "srcset" else [a[name]]
         self.loads += css_urls(a.get("style", ""))
         self.style = tag == "style"
+        self.verbatim += tag in VERBATIM
 
     def handle_endtag(self, tag):
         self.style = False
+        self.verbatim -= tag in VERBATIM
 
     def handle_data(self, data):
         if self.style:
             self.loads += css_urls(data)
+        elif not self.verbatim and (found := RAW.search(data)):
+            self.raw.append(data[max(0, found.start() - 40) : found.end() + 40].strip())
 
 
 def css_urls(text):
@@ -100,6 +107,7 @@ def main(site):
             look(path, target, "link")
         for target in page.loads:
             look(path, target, "file")
+        problems += [(path, f"Markdown that was not understood: {text!r}") for text in page.raw]
         if "mermaid" in page.classes:
             problems.append((path, "a mermaid diagram: its script would come from elsewhere"))
     for path in site.rglob("*.css"):
