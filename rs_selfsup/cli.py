@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'CONFIG', 'STEP_COLUMNS', 'read_config', 'parse_settings', 'layered', 'build_parser', 'synth', 'build',
            'store_pictures', 'save_figure', 'pretrain', 'learner', 'read_run', 'run', 'finish', 'plot_curves', 'load',
-           'embed', 'export', 'probe', 'compare', 'bench', 'demo', 'main']
+           'embed', 'export', 'probe', 'compare', 'named_method', 'bench', 'demo', 'main']
 
 # %% ../nbs/95_cli.ipynb #00000003
 import argparse
@@ -417,15 +417,30 @@ def compare(args):
     from rs_selfsup.compare import Trial
     from rs_selfsup.compare import compare as run
 
-    settings = args.settings if isinstance(args.settings, dict) else parse_settings(args.settings)
-    own = {m: {k.split(".", 1)[1]: v for k, v in settings.items() if k.startswith(m + ".")} for m in args.methods}
-    common = {k: v for k, v in settings.items() if "." not in k}
-    names = ("encoder", "patch_size", "epochs", "minutes", "bs", "crop", "lr")
-    base = Trial(settings=common, momentum=tuple(args.momentum), fractions=tuple(f / 100 for f in args.fractions), **{k: getattr(args, k) for k in names})
-    table = run(args.store, args.out, args.methods, base, own, args.seeds, args.processes)
+    settings = dict(args.settings) if isinstance(args.settings, dict) else parse_settings(args.settings)
+    methods = dict(named_method(m) for m in args.methods)
+    own = {n: dict(settings.pop(n, {})) for n in methods}  # a table of the config file, or 'name.setting' of either
+    for n in methods: own[n] |= {k[len(n) + 1:]: settings.pop(k) for k in [*settings] if k.startswith(n + ".")}
+    names = ("encoder", "patch_size", "epochs", "minutes", "bs", "crop", "lr", "each")
+    base = Trial(settings=settings, momentum=tuple(args.momentum), fractions=tuple(f / 100 for f in args.fractions), **{k: getattr(args, k) for k in names})
+    table = run(args.store, args.out, methods, base, own, args.seeds, args.processes)
     with pd.option_context("display.width", 220, "display.max_columns", 20):
         print(table.drop(columns=["package", "torch"]).round(4).to_string(index=False))
+        measures = pd.read_csv(args.out / "measures.csv")
+        if len(measures):
+            print(measures.round(4).to_string(index=False))
     print(f"table: {args.out / 'table.csv'}, figure: {args.out / 'compare.png'}")
+
+
+def named_method(
+    text: str,  # 'cmid', or 'full=cmid': a variant with a name
+) -> tuple[str, str]:  # name, method
+    "A method of `--methods`."
+    name, eq, method = text.partition("=")
+    method = method if eq else name
+    if method not in METHODS or not name:
+        raise DataError(f"--methods {text}", fix=f"Write one of {list(METHODS)}, or NAME=METHOD for a variant.")
+    return name, method
 
 # %% ../nbs/95_cli.ipynb #000000f8
 def _add_compare(commands):
@@ -433,7 +448,7 @@ def _add_compare(commands):
                  "store out --methods mssdf cmid --minutes 5 --patch-size 8")
     p.add_argument("store", type=Path, help="tile store with labels in train, val and test")
     p.add_argument("out", type=Path, help="folder; what is finished there is not run again")
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which")
+    p.add_argument("--methods", nargs="+", default=list(METHODS), metavar="[NAME=]METHOD", help=f"of {', '.join(METHODS)}; variants of one get names")
     p.add_argument("--encoder", default="vit_tiny_patch16_224", help="timm name, the same for all")
     p.add_argument("--patch-size", type=int, help="anchor pixels (default: the encoder's own)")
     p.add_argument("--crop", type=int, help="side of the random crop in anchor pixels (default: whole tiles)")
@@ -445,7 +460,8 @@ def _add_compare(commands):
     p.add_argument("--seeds", type=int, default=5, help="pre-trainings of each method")
     p.add_argument("--fractions", type=float, nargs="+", default=[10, 100], help="shares of the training labels in percent")
     p.add_argument("--processes", type=int, default=1, help="pre-trainings at a time, each with one thread")
-    more = "settings for all (embed_dim=96) or for one method (cmid.block=16)"
+    p.add_argument("--each", action="store_true", help="probe every modality alone as well")
+    more = "settings for all (embed_dim=96) or for one name (cmid.block=16, full.weights.rec=0)"
     p.add_argument("--set", dest="settings", nargs="*", default=[], metavar="[METHOD.]NAME=VALUE", help=more)
     return p
 

@@ -222,6 +222,11 @@ def undocumentable(repo):
     add_cell(repo / "nbs" / BOOKS[0], "show_doc(planted_nowhere)")
 
 
+def nested_link(repo):
+    "a symbol within a link: nbdev makes a link of it, and Markdown knows no link within a link"
+    add_cell(repo / "nbs" / BOOKS[0], "See [`Band`](30_losses.core.ipynb).", "markdown")
+
+
 FAULTS = [
     ("clean", unclean, "not clean"),
     ("clean", private_path, "/home/somebody"),
@@ -246,6 +251,7 @@ FAULTS = [
     ("docs", outside_picture, "from elsewhere"),
     ("docs", bad_formula, "nosuchcommand"),
     ("docs", undocumentable, "planted_nowhere"),
+    ("docs", nested_link, "Markdown that was not understood"),
 ]
 
 

@@ -57,3 +57,31 @@ def test_data_error_in_a_process_of_its_own(tmp_path):
     assert done.stderr.startswith("rs-selfsup: ") and "nowhere" in done.stderr
     assert "FutureWarning" not in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("how", ["flags", "file"])
+def test_variants_of_a_method_get_their_own_settings(monkeypatch, tmp_path, how):
+    from rs_selfsup import compare
+
+    seen = {}
+    monkeypatch.setattr(compare, "compare", lambda store, out, methods, base, own, *a: seen.update(methods=methods, base=base, own=own) or stop())
+    argv = ["compare", "store", str(tmp_path)]
+    if how == "flags":
+        argv += ["--methods", "full=cmid", "mssdf", "--set", "embed_dim=96", "full.weights.rec=0", "full.block=16", "--each"]
+    else:
+        file = tmp_path / "c.toml"
+        file.write_text('methods = ["full=cmid", "mssdf"]\neach = true\n[settings]\nembed_dim = 96\n[settings.full]\n"weights.rec" = 0\nblock = 16\n')
+        argv += ["--config", str(file)]
+    assert cli.main(argv) == 2
+    assert seen["methods"] == dict(full="cmid", mssdf="mssdf") and seen["base"].each
+    assert seen["base"].settings == dict(embed_dim=96) and seen["own"] == dict(full={"weights.rec": 0, "block": 16}, mssdf={})
+
+
+def stop():
+    raise DataError("seen enough", fix="Nothing.")
+
+
+@pytest.mark.parametrize("text", ["mae", "full=mae", "=cmid", ""])
+def test_a_variant_names_a_method(text, capsys, tmp_path):
+    assert cli.main(["compare", "store", str(tmp_path), "--methods", text]) == 2
+    assert "NAME=METHOD" in capsys.readouterr().err

@@ -45,6 +45,12 @@ def make(scheme="single", mods=PAIR, anchor="s2", seed=0, **kw):
     return RSDNet.create("resnet10t", mods, anchor, Normalize(mods, statistics(mods)), scheme=scheme, **kw)
 
 
+def vision_transformer(patch_size):
+    mods = dict(rgb=preset("rgb", 0.5), ms=preset("rgbn", 2.0))
+    small = dict(embed_dim=24, depth=1, num_heads=2, img_size=8, hidden=32, dim=8)
+    return RSDNet.create("vit_tiny_patch16_224", mods, "rgb", Normalize(mods, statistics(mods)), patch_size=patch_size, **small), mods
+
+
 # --- both views in one forward
 
 def counted(method, batch):
@@ -399,7 +405,8 @@ def test_settings_that_mean_nothing():
         "no common grid": lambda: make(mods=landsat, anchor="b"),
         "difference in dB only": lambda: make("three", mods=power),
         "sees no single bands": lambda: RSDNet(nn.Linear(2, 2), Normalize(PAIR, statistics(PAIR))),
-        "patch size": lambda: make(patch_size=16),
+        "has no patch size to choose": lambda: make(patch_size=16),
+        "Choose a multiple of 4 px": lambda: vision_transformer(6),
         "holds heights": lambda: choose_bands(dict(PAIR, dsm=preset("dsm", 10.0)), ["s2", "dsm"]),
         "no optical or radar band": lambda: make(mods=dict(dsm=preset("dsm", 10.0)), anchor="dsm"),
     }.items():
@@ -438,3 +445,17 @@ def test_an_exported_encoder_knows_its_bands(scheme, tmp_path):
     batch = fields(n=2)
     with torch.no_grad():
         torch.testing.assert_close(back.features(batch.images), method.encoder.features(batch.images))
+
+
+def test_a_vision_transformer_sees_patches_of_the_common_grid(tmp_path):
+    from rs_selfsup.export import export_encoder, load_encoder
+
+    method, mods = vision_transformer(8)
+    batch = fields(4, 32, mods, finest=0.5)
+    assert method.encoder.stride == 2 and method.views(batch)[0][0].shape[-2:] == (8, 8)  # 8 px of 0.5 m are 2 px of 2 m
+    loss = sum(method(batch).values())
+    loss.backward()
+    assert loss.isfinite() and method.encoder.switch.convs["shared"].weight.grad.abs().sum() > 0
+    back = load_encoder(export_encoder(method.encoder, tmp_path / "e.safetensors", "all"))
+    z = method.normalize(batch.images, None)
+    torch.testing.assert_close(back.eval().features(z), method.encoder.eval().features(z))

@@ -64,6 +64,8 @@ class Method(nn.Module):
 
     def set_epoch(self, epoch:int): self.epoch = epoch   # the Learner tells it before each epoch
 
+    def measures(self, store) -> dict: return {}         # `TileStore` -> name and number of what `rs-selfsup compare` asks before and after
+
     def train(self, mode:bool=True): # dropout and stochastic depth are off in the copies
         super().train(mode)
         for t in self.teachers:

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from timm.layers import GroupNormAct
 from torch import Tensor, nn
 from torch.nn import functional as F
-from ..backbones import Backbone
+from ..backbones import Backbone, is_plain_vit
 from ..data.augment import Normalized, grid_factors
 from ..data.views import cut, draw_window, relight
 from ..distributed import world
@@ -315,10 +315,10 @@ def _candidates(self:RSDNet, pairs):
 
 @patch(cls_method=True)
 def build_encoder(cls:RSDNet,
-    name,                        # timm name of a CNN or a Swin
+    name,                        # timm name of a CNN, a Swin or a plain vision transformer
     modalities:dict,             # name -> `Modality`
-    anchor:str,
-    patch_size=None,             # has no meaning here
+    anchor:str,                  # the modality whose pixels count
+    patch_size:int|None=None,    # vision transformers: px of the anchor; None = the model's, in px of the common grid
     scheme:str='single',         # 'single' = a view is one band, 'three' = three
     sensors='all',               # see `choose_bands`
     bands:dict|None=None,        # see `choose_bands`
@@ -327,8 +327,19 @@ def build_encoder(cls:RSDNet,
 ) -> BandEncoder:
     "The encoder for a scheme"
     check_choice('scheme', scheme, ('single', 'three'))
-    if patch_size: raise DataError('a patch size means nothing to a network with one shared convolution', fix='Leave patch_size out.')
+    if patch_size:
+        if not is_plain_vit(name): raise DataError(f'{name!r} has no patch size to choose', fix='Leave patch_size out, or choose a plain vision transformer.')
+        kw = dict(patch_size=_common_px(patch_size, modalities, anchor, sensors, bands), dynamic_img_size=True, **kw)
     return BandEncoder(name, modalities, anchor, dict(single=1, three=3)[scheme], sensors, bands, norm, **kw)
+
+def _common_px(n, modalities, anchor, sensors, bands) -> int:
+    "Pixels of the anchor as pixels of the coarsest sensor that takes part"
+    gsd = max(modalities[m].gsd for m in choose_bands(modalities, sensors, bands))
+    px = n*modalities[anchor].gsd/gsd
+    if px < 1 or px % 1:
+        raise DataError(f'a patch of {n} px of {anchor!r} is {px:g} px of {gsd:g} m, the grid all bands are brought to',
+                        fix=f'Choose a multiple of {round(gsd/modalities[anchor].gsd)} px.')
+    return int(px)
 
 # %% ../../nbs/52_methods.rsdnet.ipynb #77ae9faa
 @patch
@@ -427,6 +438,7 @@ def band_features(
     bands:dict|None=None,        # see `choose_bands`; None = all that can take part, also those it was not trained on
     normalize=None,              # `Normalize` of the training; None = the method's, or the store's
     bs:int=64,                   # tiles per batch
+    n:int|None=None,             # so many tiles, evenly from the split; None = all
 ) -> dict:                       # name of the look -> `Features`
     "Features of every look alone"
     from rs_selfsup.data.loading import eval_loader
@@ -438,12 +450,17 @@ def band_features(
     enc.eval()
     try:
         rows = []
-        for b in eval_loader(store, split, bs, normalize, device=next(enc.parameters()).device):
+        for b in eval_loader(store, split, bs, normalize, device=next(enc.parameters()).device, ids=_some(store, split, n)):
             y, _ = enc.look_features(b.images, None if b.full else b.valid, at)
             rows.append((y.float().cpu(), b.label.cpu(), b.tile.cpu()))
     finally: enc.train(training)
     y, label, tile = (torch.cat(r).numpy() for r in zip(*rows))
     return {enc.look_name(l): Features(np.ascontiguousarray(y[:, i]), label, tile) for i, l in enumerate(at)}
+
+def _some(store, split, n):
+    "Numbers of at most n tiles of a split; None = all"
+    ids = np.arange(len(store)) if split is None else store.split(split)
+    return None if n is None or n >= len(ids) else ids[np.linspace(0, len(ids) - 1, n).astype(int)]
 
 # %% ../../nbs/52_methods.rsdnet.ipynb #12b1eeab
 def band_probe(
@@ -500,14 +517,15 @@ def band_identity(
     normalize=None,              # see `band_features`
     bs:int=64,                   # tiles per batch
     splits:tuple=('train', 'val', 'test'), # where the probe is fitted, its regularisation chosen, and its score counted
+    n:int|None=None,             # so many tiles of each split; None = all
     **kw                         # of `linear_probe`: Cs, max_iter, draws
 ) -> BandIdentity:
     "Linear probe for the band"
     from rs_selfsup.evaluate import Features, linear_probe
     def parts(s):
-        f = band_features(model, store, s, None, bands, normalize, bs)
-        n = len(next(iter(f.values())))
-        return list(f), Features(np.concatenate([o.x for o in f.values()]), np.repeat(np.arange(len(f)), n), np.concatenate([o.tile for o in f.values()]))
+        f = band_features(model, store, s, None, bands, normalize, bs, n)
+        tiles = len(next(iter(f.values())))
+        return list(f), Features(np.concatenate([o.x for o in f.values()]), np.repeat(np.arange(len(f)), tiles), np.concatenate([o.tile for o in f.values()]))
     (names, train), (_, val), (_, test) = map(parts, splits)
     if len(names) < 2: raise DataError(f'there is only {names[0]}: nothing to tell apart', fix='Give more bands.')
     r, L = linear_probe(train, val, test, groups=test.tile, **kw), len(names)
@@ -517,3 +535,11 @@ def band_identity(
     return BandIdentity(r.score, r.lo, r.hi, 1/L, _balanced(of[test.label], of[r.pred]), names, table/table.sum(1, keepdims=True))
 
 def _balanced(true, said): return float(np.mean([(said[true == m] == m).mean() for m in np.unique(true)]))
+
+@patch
+def measures(self:RSDNet, store) -> dict: # `TileStore`
+    "What `rs-selfsup compare` asks: share of right answers of a linear probe for the band, from at most 200 tiles of each split"
+    parts = [s for s in ('train', 'val', 'test') if len(store.split(s))]
+    if len(parts) < 3 or len(self.encoder.looks()) < 2: return {}
+    found = band_identity(self, store, n=200, draws=0, Cs=(.1, 1.), max_iter=100)
+    return {'band told from features': found.score, 'sensor told from features': found.sensor, 'chance of the band': found.chance}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'Looked', 'look', 'mean_real', 'meet', 'check_ground', 'turns', 'view_size', 'XSTARS', 'check_bands',
-           'restate', 'start_from', 'recall_at_1', 'cross_sensor_retrieval']
+           'restate', 'start_from', 'recall_at_1', 'cross_sensor_retrieval', 'linear_retrieval']
 
 # %% ../../nbs/53_methods.xstars.ipynb #00000004
 import itertools, math
@@ -528,6 +528,49 @@ def _descriptions(model, see, data, names, n, device, heads):
         yield out
         count += len(out[0])
         if count >= n: return
+
+# %% ../../nbs/53_methods.xstars.ipynb #7e42ae26
+@torch.no_grad()
+def linear_retrieval(
+    model,                   # an `XSTARS`, or an encoder
+    store:TileStore,
+    a:str,                   # sensor of the query
+    b:str,                   # sensor in which it is looked for
+    n:int=500,               # test tiles at most
+    n_fit:int=1000,          # training tiles at most
+    ridge:float=.01,         # of the map, as a share of the mean variance of a feature
+    bs:int=64,               # tiles at a time
+) -> float:                  # recall@1
+    "How often the same place is found through a linear map from one sensor's places to the other's"
+    (x, y, ok), (q, k, seen) = _places(model, store, 'train', (a, b), n_fit, bs), _places(model, store, 'test', (a, b), n, bs)
+    mx, my, X = x[ok].mean(0), y[ok].mean(0), x[ok] - x[ok].mean(0)
+    G = X.T@X
+    W = torch.linalg.solve(G + ridge*G.diagonal().mean()*torch.eye(len(G), device=G.device), X.T@(y[ok] - my))
+    return recall_at_1(*((z*seen[..., None]).flatten(1) for z in ((q - mx)@W, k - my)))
+
+def _places(model, store, split, names, n, bs):
+    "Places of both sensors on the coarser grid (n, N, D) each, and where both are real (n, N), of tiles that have any"
+    see, was, parts = model.look_at if isinstance(model, XSTARS) else lambda m, x, v: look(model, x, m, v), model.training, []
+    model.eval()
+    try:
+        for batch in eval_loader(store, split, bs, getattr(model, 'normalize', None), device=next(model.parameters()).device, ids=store.split(split)[:n]):
+            s = [see(m, batch.images[m], None if batch.full else batch.valid[m]) for m in names]
+            to = min((o.grid for o in s), key=math.prod)
+            (x, u), (y, v) = (meet(o, to) for o in s)
+            ok = torch.ones_like(x[..., 0], dtype=torch.bool) if u is None and v is None else u & v
+            parts.append([t[ok.any(1)] for t in (x.float(), y.float(), ok)])
+    finally: model.train(was)
+    return [torch.cat(o) for o in zip(*parts)]
+
+@patch
+def measures(self:XSTARS, store) -> dict: # `TileStore`
+    "What `rs-selfsup compare` asks: how often the same place is found in another sensor, among at most 500 test tiles"
+    if len(store.split('test')) < 2: return {}
+    out = {}
+    for a, b in self.pairs:
+        found = cross_sensor_retrieval(self, store, a, b) | dict(linear=linear_retrieval(self, store, a, b))
+        out |= {f'recall@1 {a}-{b}: {k}': found[k] for k in ('features', 'centred', 'linear', 'msad') if k in found} | {f'chance {a}-{b}': found['chance']}
+    return out
 
 # %% ../../nbs/53_methods.xstars.ipynb #0000004c
 @patch(cls_method=True)
