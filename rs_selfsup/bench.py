@@ -385,7 +385,19 @@ def bench_demo() -> list[Row]:
     return rows
 
 # %% ../nbs/96_bench.ipynb #00000013
-BENCHMARKS = dict(masks=bench_masks, step=bench_step, parts=bench_parts, build=bench_build, torchgeo=bench_torchgeo, memory=bench_memory, demo=bench_demo)
+def _methods(name):
+    "A benchmark of the methods, imported when it is called"
+    def bench(repeats=5):
+        from rs_selfsup import bench_methods
+
+        return getattr(bench_methods, name)(repeats)
+
+    return bench
+
+
+BENCHMARKS = dict(masks=bench_masks, step=bench_step, parts=bench_parts, build=bench_build, torchgeo=bench_torchgeo,
+                  learners=_methods("bench_learners"), lightly=_methods("bench_lightly"), msad=_methods("bench_msad"), matching=_methods("bench_matching"),
+                  memory=bench_memory, demo=bench_demo)
 SLOW = ("memory", "demo")
 
 # %% ../nbs/96_bench.ipynb #bedfee27
