@@ -1,19 +1,23 @@
 "CMID: one test per defect of the published code that applies here, and the promises of the page."
 
 import dataclasses
+import functools
+import inspect
 import math
+import re
 
 import pytest
 import toy_pretrain as toy
 import torch
-from toy_ground import NoSync
+from toy_ground import NoSync, sgd_steps, two_processes
 from torch.nn import functional as F
 
 from rs_selfsup.backbones import create_encoder
+from rs_selfsup.callbacks import OnlineKNN, cosine
 from rs_selfsup.data.augment import Batch, Normalize
 from rs_selfsup.data.views import View, Window, cell_centres, draw_window
 from rs_selfsup.losses.contrastive import infonce
-from rs_selfsup.methods.cmid import CMID, fill_mean, match_cells, pick, random_blocks, to_pixels
+from rs_selfsup.methods.cmid import CMID, fill_mean, match_cells, pick, pooled, random_blocks, to_pixels
 from rs_selfsup.modalities import DataError, preset
 from rs_selfsup.pretrain import PretrainLearner
 from rs_selfsup.randomness import STREAMS, keys
@@ -40,13 +44,13 @@ def tiles(n=6, size=64, mods=("rgb",), seed=0, full=True):
     return Batch(images, valid, tile=torch.arange(n), key=keys(seed, 0, torch.arange(n)), full=full)
 
 
-def make(name="test_resnet", mods=("rgb",), seed=0, net=None, published=False, **kw):
+def make(name="test_resnet", mods=("rgb",), seed=0, net=None, published=False, relief=5.0, **kw):
     torch.manual_seed(seed)
     mods = {m: MODS[m] for m in mods}
     stats = {m: dict(mean=[128.0] * v.n_bands, std=[50.0] * v.n_bands, p01=[0.0] * v.n_bands, p99=[255.0] * v.n_bands) for m, v in mods.items()}
     enc = create_encoder(name, mods, next(iter(mods)), **(net or {}))
     kw = {**dict(block=16, queue=32, prototypes=64, width=64, dim=16), **kw}
-    return (CMID.published if published else CMID)(enc, Normalize(mods, stats), **kw)
+    return (CMID.published if published else CMID)(enc, Normalize(mods, stats, relief), **kw)
 
 
 def places(window, grid=(7, 7), size=(224, 224)):
@@ -354,3 +358,330 @@ def test_show_results_draws_it(store):
     fig = learn.show_results(max_n=2)
     assert len(fig.axes) == 6 and learn.method.training
     plt.close(fig)
+
+
+# --- more of them, which need a trained step or a store (its entries 5, 13: only in scripts that have no counterpart here)
+
+SETTINGS = dict(                                     # a value that is not the default of `make`
+    size=32, modality="dsm", area=(0.9, 1.0), ratio=(1.0, 1.0), flips=False, rot90=False, gain=0.0, shift=0.0, db=3.0, metres=2.0, sigma=(3.0, 4.0),
+    block=32, mask_ratio=0.3, fft_weight=0.0, per_sample=False, global_loss="in-batch", queue=7, temperature=0.5, matches=2, max_distance=0.5, prototypes=16,
+    student_temp=0.3, teacher_temp=(0.2, 0.3), warmup_epochs=2, center_momentum=0.1, width=32, dim=8, head_norm="layer", min_valid=0.99)
+
+
+def three_steps(**kw):
+    "Losses of three batches in the second epoch, with and without nodata."
+    method = make("test_vit", ("rgb", "dsm", "s1"), relief=None, **kw)
+    method.set_epoch(1)
+    batches = [tiles(4, 64, ("rgb", "dsm", "s1"), seed=i, full=i != 1) for i in range(3)]
+    with torch.no_grad():
+        return torch.tensor([list(method(b).values()) for b in batches])
+
+
+by_default = functools.lru_cache(three_steps)
+
+
+def test_defect_8_no_setting_is_left_out_and_a_repetition_is_no_change():
+    torch.testing.assert_close(three_steps(), by_default(), atol=1e-6, rtol=1e-6)
+    names = set(inspect.signature(CMID.__init__).parameters)
+    assert names - set(SETTINGS) == {"self", "encoder", "normalize", "gather", "weights"}        # the last two have tests of their own
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_defect_8_every_setting_does_something(name):
+    "Three flags of the published script are read and then forgotten."
+    assert by_default().isfinite().all() and (three_steps(**{name: SETTINGS[name]}) - by_default()).abs().max() > 1e-4
+
+
+def test_defect_8_accumulation_is_of_gradients_and_the_norm_is_bounded(store):
+    "The published --accumulation-steps changes the learning rate alone, and max_grad_norm nothing."
+    norms, followed = [], []
+
+    class Watch(toy.Callback):
+        order = 1000
+
+        def before_step(self):
+            norms.append(torch.stack([p.grad.norm() for p in self.learn.method.parameters() if p.grad is not None]).norm().item())
+
+    learn = learner(store)
+    update = learn.method.update_teacher
+    learn.method.update_teacher = lambda m: (followed.append(m), update(m))
+    n = len(learn.dls.train)
+    learn.fit_pretrain(1, lr=1e-3, accumulate=n, clip=0.01, knn=False, monitor=False, cbs=Watch())
+    assert n > 2 and len(norms) == len(followed) == 1 and norms[0] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_defect_10_every_epoch_has_an_order_and_views_of_its_own(store):
+    "There, epochs 0 and 1 share their order, and all later ones are one late; a resumed run would be another."
+    learn, rows = learner(store), []
+
+    class Watch(toy.Callback):
+        def before_batch(self):
+            if self.training:
+                view = self.learn.method.views(self.xb[0])[0]
+                rows.extend((self.learn.epoch, t, k) for t, k in zip(self.xb[0].tile.tolist(), view.window.mid.tolist()))
+
+    learn.fit_pretrain(3, lr=1e-3, knn=False, monitor=False, cbs=Watch())
+    order = [[t for e, t, _ in rows if e == i] for i in range(3)]
+    view = [{t: k for e, t, k in rows if e == i} for i in range(3)]
+    for i, j in ((0, 1), (1, 2), (0, 2)):
+        both = view[i].keys() & view[j].keys()
+        assert order[i] != order[j] and len(both) > 10 and not any(view[i][t] == view[j][t] for t in both)
+
+
+def test_defect_6_and_11_every_labelled_tile_is_asked_about_once(store):
+    "The published accuracy is of whole shuffled batches (36 of 420 tiles left out), its kNN of ten batches."
+    from rs_selfsup.evaluate import Features, extract_features, linear_probe, split_features
+    learn = learner(store)
+    splits = split_features(learn.dls.store, lambda dl: extract_features(learn.method.encoder, dl), bs=5, normalize=learn.method.normalize, device="cpu")
+    for name, f in zip(("train", "val", "test"), splits):
+        assert len(f) % 5 and f.tile.tolist() == learn.dls.store.split(name).tolist()
+    ask = [f.labelled for f in splits]
+    r = linear_probe(*ask, draws=0, max_iter=20)
+    assert len(r.pred) == len(ask[2]) and r.score == (r.pred == ask[2].label).mean()
+    other = Features(ask[2].x, ask[2].label[::-1].copy(), ask[2].tile)
+    assert linear_probe(*ask[:2], other, draws=0, max_iter=20).C == r.C                          # chosen on val, never on test
+    online = OnlineKNN()
+    online.learn = learn
+    online.before_fit()
+    for ids, f in zip(online.ids, ask):
+        x, y = online.vectors(ids)
+        assert len(f) > 10 and ids.tolist() == f.tile.tolist() and y.tolist() == f.label.tolist()
+        torch.testing.assert_close(x, torch.tensor(f.x), atol=1e-4, rtol=1e-4)
+
+
+def test_defect_7_and_12_a_run_leaves_logs_and_plain_tensors(store, tmp_path):
+    "There, a picture every iteration; checkpoints that pickle Python objects, which whoever loads them executes."
+    learn = learner(store)
+    learn.fit_pretrain(1, lr=1e-3, checkpoint_dir=tmp_path, save_every=2, knn=False, monitor=False)
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} == {".ckpt", ".csv", ".jsonl"} and len(files) < 2 + len(learn.dls.train)
+    for p in files:
+        if p.suffix == ".ckpt":
+            torch.load(p, weights_only=True)
+    learn.export_encoder(tmp_path / "e.safetensors")
+    from safetensors import safe_open
+    with safe_open(tmp_path / "e.safetensors", "pt") as f:
+        assert set(f.keys()) == set(learn.method.encoder.timm_state("rgb"))
+
+
+def test_defect_14_published_is_what_the_page_says_is_published():
+    "There, the files beside the paper are of other runs. Here the comment at each setting is the variant."
+    said = {}
+    for line in inspect.getsource(CMID.__init__).splitlines():
+        if m := re.match(r"\s+(\w+):.*=(.*?),\s*#(.*)", line):
+            name, default, text = m.groups()
+            if "(published)" in text and default.startswith("True"):
+                said[name] = False                       # 'True ...; False (published)'
+            elif p := re.search(r"published: ([\w.,]+)", text):
+                said[name] = False if p[1] == "no" else float(p[1].replace(",", ""))
+    assert said == dict(rot90=False, gain=0.4, per_sample=False, queue=65536.0)
+    ours, theirs = make(queue=4096).config, make(published=True, queue=65536).config
+    assert {k: v for k, v in theirs.items() if v != ours[k]} == said
+    told = dict(mask_ratio=0.6, area=(0.3, 1.0), ratio=(3 / 4, 4 / 3), matches=20, temperature=0.2, student_temp=0.1, teacher_temp=(0.04, 0.07),
+                warmup_epochs=50, center_momentum=0.9, fft_weight=1.0, global_loss="queue")
+    assert {k: theirs[k] for k in told} == told
+    default = {k: p.default for k, p in inspect.signature(CMID.__init__).parameters.items()}
+    assert [default[k] for k in ("block", "prototypes", "width", "dim", "head_norm")] == [32, 2048, 2048, 256, "auto"]
+    assert make(published=True).weights == dict(rec=1.0, glob=1.0, loc=1.0)
+
+
+@pytest.mark.parametrize("loss", ["queue", "in-batch", "byol"])
+@pytest.mark.parametrize("net, size, stride", [("test_resnet", 96, 32), ("test_vit", 80, 16), ("test_convnext", 64, 32), ("resnet10t", 64, 8)])
+def test_defect_15_grid_and_widths_are_the_encoders(net, size, stride, loss):
+    "There, a grid of a 32nd of the size, two known widths, and 2048 alone for BYOL."
+    method = make(net, net=dict(output_stride=8) if stride == 8 else {}, global_loss=loss)
+    assert method.projector[0].in_features == method.head.mlp[0].in_features == method.encoder.embed_dim != 2048
+    seen, f = [], method.pairs
+    method.pairs = lambda views, grid, share=None: seen.append(tuple(grid)) or f(views, grid, share)
+    sum(method(tiles(3, size)).values()).backward()
+    assert seen == [(size // stride,) * 2] and all(p.grad is not None for p in method.parameters() if p.requires_grad)
+
+
+def test_defect_16_hidden_means_hidden():
+    "One of their two masks is inverted. Ours: True is what the student cannot see, and what is painted."
+    method, batch = make("test_vit", mask_ratio=0.75), tiles(4)
+    seen = method.visualize(batch)
+    blocks, x, y = seen["masks"]["rgb"], seen["images"]["rgb"], seen["reconstruction"]["rgb"]
+    assert (blocks.sum((1, 2)) == 12).all()
+    hidden = to_pixels(blocks, 16).expand_as(x)
+    assert torch.equal(x[~hidden], y[~hidden]) and (x[hidden] != y[hidden]).float().mean() > 0.99
+    view = method.whole(batch)
+    out = method.predict(batch.key, (view, view), "rgb")
+    for where, moved in ((out["hidden"], True), (~out["hidden"], False)):       # in space alone: spectra see a thousandth of the rest
+        method.fft_weight = 0.0
+        was = method.rec_loss("rgb", **out)
+        other = {**out, "x": out["x"] + where.float()}
+        assert torch.equal(method.rec_loss("rgb", **other), was) != moved
+
+
+def test_defect_16_one_normalisation_with_the_stores_statistics():
+    "There, the constants of another data set in training, and of a third in the pictures."
+    method, batch = make("test_vit").eval(), tiles(4)
+    torch.testing.assert_close(method.normalize.physical(method.visualize(batch)["images"]["rgb"], "rgb"), batch.images["rgb"], atol=1e-3, rtol=1e-5)
+    stored = method(batch)
+    batch.images = method.normalize(batch.images)
+    once = method(batch)
+    assert all(torch.equal(stored[k], once[k]) for k in stored)
+
+
+# --- what its description says of the step, and known traps of its parts
+
+def test_teacher_follows_after_each_step_from_the_first(store):
+    "There, the average is taken before the step, so it lags by one, and the first is skipped."
+    learn, seen = learner(store), []
+
+    class Watch(toy.Callback):
+        order = 1000
+
+        def before_step(self):
+            self.old = self.learn.method.teacher_head.mlp[0].weight.clone()
+
+        def after_step(self):
+            m = cosine(self.learn.step - 1, self.learn.n_steps, 0.5, 1.0)
+            now = self.learn.method.head.mlp[0].weight
+            torch.testing.assert_close(self.learn.method.teacher_head.mlp[0].weight, m * self.old + (1 - m) * now)
+            seen.append((now - self.old).abs().max().item())
+
+    learn.fit_pretrain(1, lr=1e-2, momentum=(0.5, 1.0), knn=False, monitor=False, cbs=Watch())
+    assert len(seen) == len(learn.dls.train) and min(seen) > 0
+
+
+def test_teacher_is_a_network_of_its_own_and_gives_the_targets():
+    "The trap of two names for one module: the target would be the student itself."
+    method, batch = make().eval(), tiles()
+    pairs = [(getattr(method, t), getattr(method, s)) for t, s in method.teachers.items()]
+    assert not {p.data_ptr() for t, _ in pairs for p in t.parameters()} & {p.data_ptr() for _, s in pairs for p in s.parameters()}
+    views = method.views(batch)
+    before = method.predict(batch.key, views, "rgb")
+    for p in method.teacher.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    after = method.predict(batch.key, views, "rgb")
+    assert torch.equal(before["student"], after["student"]) and not torch.equal(before["teacher"], after["teacher"])
+    torch.testing.assert_close(after["teacher"], method.teacher.feature_map(after["x"], "rgb"))           # of whole views
+    method.queue["rgb"].enqueue(torch.randn(8, 16))
+    for part, term in ((method.teacher_projector, "glob"), (method.teacher_head, "loc")):
+        was = getattr(method, f"{term}_loss")("rgb", views=views, **after)
+        for p in part.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        assert not torch.equal(getattr(method, f"{term}_loss")("rgb", views=views, **after), was)
+
+
+def test_no_gradient_reaches_the_target():
+    "Through teacher, keys, queue, prototypes' targets or the colours that are painted."
+    method, batch = make("test_vit"), tiles()
+    method(tiles(seed=1))                                    # the queue holds keys
+    views = method.views(batch)
+    out = {k: v.detach().requires_grad_() if k in ("student", "teacher") else v for k, v in method.predict(batch.key, views, "rgb").items()}
+    for term in ("glob", "loc"):
+        out["student"].grad = None
+        getattr(method, f"{term}_loss")("rgb", views=views, **out).backward()
+        assert out["student"].grad.abs().sum() > 0 and out["teacher"].grad is None
+    assert all(p.grad is None for k in method.teachers for p in getattr(method, k).parameters()) and not method.queue["rgb"].keys.requires_grad
+
+
+def test_keys_enter_the_queue_after_the_loss_and_b_before_a():
+    "The first loss has no negative; those of the second are the first step's keys, and no key is its own negative."
+    method, batch = make("test_vit", queue=64), [tiles(seed=i) for i in range(2)]
+    outs = [method.predict(b.key, method.views(b), "rgb") for b in batch]
+    keys_of = lambda o: torch.cat(F.normalize(method.teacher_projector(pooled(o["teacher"])), dim=1).chunk(2)[::-1])
+    first, second = (method.glob_loss("rgb", **o) for o in outs)
+    assert first == 0
+    q, k = (F.normalize(p(pooled(outs[1][n])), dim=1) for p, n in ((method.projector, "student"), (method.teacher_projector, "teacher")))
+    k = torch.cat(k.chunk(2)[::-1])
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ keys_of(outs[0]).T], 1) / 0.2
+    torch.testing.assert_close(second, F.cross_entropy(logits, torch.zeros(12, dtype=torch.long)))
+    torch.testing.assert_close(method.queue["rgb"].keys[:24], torch.cat([keys_of(o) for o in outs]))
+
+
+def test_closed_form_of_the_byol_variant():
+    "Half the sum of both directions, 2 - 2 cos each."
+    method, batch = make("test_vit", global_loss="byol").eval(), tiles()
+    out = method.predict(batch.key, method.views(batch), "rgb")
+    p, z = method.predictor(method.projector(pooled(out["student"]))), method.teacher_projector(pooled(out["teacher"]))
+    (pa, pb), (za, zb) = p.chunk(2), z.chunk(2)
+    want = sum((2 - 2 * F.cosine_similarity(a, b)).mean() for a, b in ((pa, zb), (pb, za))) / 2
+    torch.testing.assert_close(method.glob_loss("rgb", **out), want)
+
+
+def test_center_moves_once_a_step_after_both_directions_used_it():
+    "There, it moves between the directions: the second is judged by another centre."
+    method, batch = make("test_vit", center_momentum=0.5), tiles()
+    method.center.normal_(0, 0.1)
+    old, views = method.center[0].clone(), method.views(batch)
+    out = method.predict(batch.key, views, "rgb")
+    i, j, _ = method.pairs(views, out["student"].shape[-2:])
+    s, t = method.head(pick(out["student"], i)), method.teacher_head(pick(torch.cat(out["teacher"].chunk(2)[::-1]), j))
+    want = -(((t - old) / method.teacher_t).softmax(-1) * (s / 0.1).log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(method.loc_loss("rgb", views, **out), want)
+    torch.testing.assert_close(method.center[0], 0.5 * old + 0.5 * t.flatten(0, 1).mean(0))
+
+
+def test_teacher_that_says_everything_costs_log_k():
+    "Where `loc` is pinned when the prototypes collapse: a value to recognise."
+    method, batch = make("test_vit"), tiles()
+    method.teacher_head.prototypes.data[:] = method.teacher_head.prototypes.data[:1]
+    method.head.prototypes.data[:] = method.head.prototypes.data[:1]
+    torch.testing.assert_close(method(batch)["loc"], torch.tensor(math.log(64)))
+
+
+@pytest.mark.parametrize("size", [48, 80])
+def test_spectra_of_any_side_under_half_precision(size):
+    "Half-precision transforms know powers of two alone, and overflow."
+    method = make("test_vit")
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = method(tiles(3, size))
+    assert all(v.dtype == torch.float32 and v.isfinite() for v in terms.values())
+
+
+def test_nodata_may_be_nan():
+    method, batch = make("test_vit").eval(), tiles(full=False)
+    a = method(batch)
+    batch.images["rgb"] = batch.images["rgb"].masked_fill(~batch.valid["rgb"], math.nan)
+    b = method(batch)
+    assert all(torch.equal(a[k], b[k]) and a[k].isfinite() for k in a)
+
+
+# --- two processes
+
+DDP = dict(
+    queue=dict(name="test_vit", queue=24), convnext=dict(name="test_convnext", queue=50),
+    batch=dict(name="test_vit", global_loss="in-batch", max_distance=12.0), spectra=dict(name="test_vit", per_sample=False),
+    norms=dict(name="test_resnet"), byol=dict(name="test_resnet", global_loss="byol"))
+
+
+def global_batches(part=slice(None)):
+    return [tiles(8, seed=i, full=i != 1).index(part) for i in range(3)]
+
+
+def _two(rank, folder):
+    for name, kw in DDP.items():
+        torch.save(sgd_steps(make(**kw).train(), global_batches(slice(4 * rank, 4 * rank + 4))), folder / f"{name}{rank}.pt")
+    make("test_vit")(tiles(1).index(slice(0, 1)))            # one image per process: two to tell apart
+    with pytest.raises(DataError, match="a batch of one"):
+        make(global_loss="byol")(tiles(1))                   # but none to normalise with
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    two_processes(_two, folder)
+    return {name: [torch.load(folder / f"{name}{r}.pt") for r in (0, 1)] for name in DDP}
+
+
+@pytest.mark.parametrize("name", DDP)
+def test_two_processes_have_the_same_losses_weights_queue_and_centre(name, ranks):
+    (a, s), (b, t) = ranks[name]
+    own = ("running_mean", "running_var")                    # of its own images, until the next forward takes the first process's
+    assert torch.equal(a, b) and all(torch.equal(v, t[k]) for k, v in s.items() if not k.endswith(own))
+    assert any(not torch.equal(v, t[k]) for k, v in s.items() if k.endswith(own)) == (name in ("norms", "byol"))
+    if name == "convnext":                                   # 3 steps of 16 keys, each once; a tile without data has none
+        keys = s["queue.rgb.keys"][s["queue.rgb.real"]]
+        assert s["queue.rgb.at"] == 48 and len(keys) == len(keys.unique(dim=0)) == 46
+
+
+@pytest.mark.parametrize("name", [n for n in DDP if n not in ("norms", "byol")])
+def test_two_processes_are_one_with_the_whole_batch(name, ranks):
+    losses, state = sgd_steps(make(**DDP[name]).train(), global_batches())
+    torch.testing.assert_close(ranks[name][0][0], losses, atol=1e-5, rtol=1e-4)
+    for k, v in ranks[name][0][1].items():
+        torch.testing.assert_close(v, state[k], atol=2e-5, rtol=1e-3, msg=lambda m, k=k: f"{k}: {m}")

@@ -18,6 +18,7 @@ from rs_selfsup.methods.core import (
     ema_update,
     frozen_copy,
     mlp,
+    rest_unused,
 )
 from rs_selfsup.modalities import DataError, preset
 
@@ -280,3 +281,19 @@ def test_frozen_prototypes_have_a_gradient_of_zero():
     assert torch.equal(head.prototypes.grad, torch.zeros(10, 4)) and x.grad.abs().sum() > 0
     head(x).square().sum().backward()
     assert head.prototypes.grad.abs().sum() > 0
+
+
+IDLE = dict(test_convnext=["head.norm.weight", "head.norm.bias"], mobilenetv3_small_050=["conv_head.weight", "conv_head.bias"], test_resnet=[])
+
+
+@pytest.mark.parametrize("name, idle", IDLE.items())
+def test_parts_behind_the_last_map_are_not_trained(name, idle):
+    "A distributed run ends where a trained parameter gets no gradient."
+    enc = Backbone(name, MODS, "rgb")
+    method = Toy(enc)
+    assert [n for n, p in enc.net.named_parameters() if not p.requires_grad] == idle
+    sum(enc.feature_map(torch.randn(2, m.n_bands, 64, 64), k).sum() for k, m in MODS.items()).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in enc.parameters()) and method.encoder is enc
+    net = MultiModalViT("vit_tiny_patch16_224", MODS, "rgb", **TINY)
+    rest_unused(net)
+    assert all(p.requires_grad for n, p in net.named_parameters() if "pos" not in n)

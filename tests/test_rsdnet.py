@@ -1,12 +1,13 @@
 "RSDnet: the trap of BatchNorm, the pairs, the limits of the loss, nodata, bad input."
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from toy_ground import NoSync
+from toy_ground import NoSync, sgd_steps, two_processes
 
 from rs_selfsup.callbacks import feature_health
 from rs_selfsup.data.augment import Normalize, Normalized
@@ -459,3 +460,161 @@ def test_a_vision_transformer_sees_patches_of_the_common_grid(tmp_path):
     back = load_encoder(export_encoder(method.encoder, tmp_path / "e.safetensors", "all"))
     z = method.normalize(batch.images, None)
     torch.testing.assert_close(back.eval().features(z), method.encoder.eval().features(z))
+
+
+# --- pitfalls of its data and of BYOL
+
+def test_pitfall_the_60_m_bands_are_left_out_by_name():
+    "One list in circulation drops B12 and keeps B10; another counts bands from one."
+    want = ["B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"]
+    for name in ("s2_l1c", "s2_l2a"):
+        assert choose_bands(dict(s2=preset(name)))["s2"] == want
+    assert choose_bands(PAIR)["s1"] == ["VV", "VH"]
+
+
+def test_pitfall_bands_are_found_by_name_wherever_they_lie():
+    "EuroSAT keeps B8A last: a network asked by name gives what it gave."
+    method, batch = make(), fields(3)
+    bands = list(PAIR["s2"].bands)
+    order = [i for i, b in enumerate(bands) if b.name != "B8A"] + [i for i, b in enumerate(bands) if b.name == "B8A"]
+    moved = dict(PAIR, s2=Modality("s2", [bands[i] for i in order], 10.0, "optical"))
+    enc = method.encoder.eval()
+    there = enc.on(moved, method.encoder.bands)
+    images = Normalized(dict(batch.images, s2=batch.images["s2"][:, order]))
+    assert [enc.look_name(l) for l in enc.looks()] == [there.look_name(l) for l in there.looks()] and order != sorted(order)
+    torch.testing.assert_close(there.features(images, pool="concat"), enc.features(batch.images, pool="concat"), atol=1e-5, rtol=1e-4)
+
+
+def test_pitfall_radar_keeps_its_sign():
+    "A division by -25 makes water bright: more dB must stay more."
+    method, batch = make(crops="same", **STILL), fields(4)
+    stored = torch.linspace(-25, 0, 16).expand(4, 2, 16, 16)
+    batch.images = dict(s2=batch.images["s2"], s1=stored)
+    y = method.views(batch)[0][1]
+    torch.testing.assert_close(y, (stored / 2)[:, :1], atol=1e-4, rtol=1e-4)                # deviation 2 dB, mean 0
+    assert (y.diff(dim=3) > 0).all()
+
+
+def test_pitfall_ratio_of_polarisations_is_a_difference_in_db():
+    torch.manual_seed(0)
+    stats = statistics(PAIR)
+    stats["s1"].update(mean=[-11.0, -18.0], std=[3.0, 5.0])
+    norm = Normalize(PAIR, stats)
+    enc = RSDNet.create("resnet10t", PAIR, "s2", norm, scheme="three", output_stride=8, hidden=64, dim=16).encoder
+    db = torch.randn(2, 2, 8, 8) * 4 - 15
+    at = next(i for i, c in enumerate(enc.table) if c.minus is not None)
+    x, _ = enc.stack(norm(dict(s2=torch.zeros(2, 12, 8, 8), s1=db)))
+    torch.testing.assert_close(x[:, at], (db[:, 0] - db[:, 1] - (-11 + 18)) / 4, atol=1e-5, rtol=1e-4)
+
+
+def test_pitfall_a_data_set_without_radar_can_be_asked():
+    "EuroSAT has none: an encoder of both sensors gives what it gives for the optical bands."
+    method, batch = make(), fields(3)
+    alone = method.encoder.eval().on(dict(s2=PAIR["s2"]))
+    only = Normalized(s2=batch.images["s2"])
+    assert len(alone.looks()) == 10
+    torch.testing.assert_close(alone.features(only), method.encoder.features(batch.images, modality="s2"), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(alone.features(only), method.encoder.features(only), atol=1e-5, rtol=1e-4)
+
+
+def test_pitfall_the_encoder_is_not_told_which_band_it_sees():
+    "One picture under twelve names has one feature: what tells bands apart must be in the pixels."
+    enc, x = make().encoder.eval(), torch.randn(2, 1, 16, 16)
+    y, real = enc.look_features({m: x.expand(-1, o.n_bands, -1, -1) for m, o in PAIR.items()})
+    assert y.shape[1] == 12 and real.all()
+    torch.testing.assert_close(y, y[:, :1].expand_as(y), atol=1e-5, rtol=1e-4)
+
+
+def test_pitfall_weights_of_a_colour_network_are_summed_over_the_colours():
+    enc = BandEncoder("resnet10t", PAIR, "s2", output_stride=8)
+    w = torch.randn(enc.switch.convs["shared"].weight.shape[0], 3, *enc.switch.convs["shared"].weight.shape[2:])
+    enc.adapt(w)
+    torch.testing.assert_close(enc.switch.convs["shared"].weight, w.sum(1, keepdim=True))
+
+
+def test_pitfall_no_norm_and_no_rectifier_on_what_is_compared():
+    method = make()
+    for head in (method.projector, method.predictor):
+        assert [type(m).__name__ for m in head] == ["Linear", "BatchNorm1d", "ReLU", "Linear"] and head[-1].bias is not None
+    assert method.projector[0].in_features == method.encoder.embed_dim and method.predictor[0].in_features == method.projector[-1].out_features
+
+
+def test_pitfall_the_target_is_a_network_of_its_own():
+    "In a library of good name, target and online network were one object."
+    method, batch = make(), fields()
+    pairs = [(getattr(method, t), getattr(method, s)) for t, s in method.teachers.items()]
+    assert not {p.data_ptr() for t, _ in pairs for p in t.parameters()} & {p.data_ptr() for _, s in pairs for p in s.parameters()}
+    before = [p.clone() for t, _ in pairs for p in t.parameters()]
+    opt = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1)
+    method(batch)["byol"].backward()
+    opt.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, (p for t, _ in pairs for p in t.parameters())))
+    x = method.eval().views(batch)[0]
+    for part in (method.teacher, method.teacher_projector):         # each has a part in the target
+        was = method.compare(x)["byol"]
+        for p in part.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        assert (method.compare(x)["byol"] - was).abs() > 1e-5
+
+
+def test_pitfall_a_target_with_statistics_of_the_batch():
+    "Both networks normalise by the batch while they train, and neither when asked."
+    method, (x, y) = make(), torch.randn(2, 6, 1, 16, 16).unbind()
+    for train in (True, False):
+        method.train(train)
+        for net in (method.encoder, method.teacher):
+            a, b = (net.pooled(torch.cat([x, z]))[:6] for z in (y, 3 * y))
+            assert torch.allclose(a, b, atol=1e-5) != train
+
+
+def test_pitfall_missing_radar_may_be_nan():
+    method, out = make(crops="same"), []
+    for fill in (0.0, math.nan):
+        b = fields(full=False)
+        b.valid["s1"][0, :, :, :5], b.valid["s2"][2] = False, False
+        b.images = {m: b.images[m].masked_fill(~b.valid[m], fill) for m in PAIR}
+        out.append(method(b)["byol"])
+    assert torch.equal(*out) and out[0].isfinite()
+
+
+# --- two processes
+
+DDP = dict(batch={}, group=dict(norm="group"), three=dict(scheme="three", crops="same"))
+
+
+def _two(rank, folder):
+    for name, kw in DDP.items():
+        part, method = slice(4 * rank, 4 * rank + 4), make(**kw)
+        with torch.no_grad():
+            still = copy.deepcopy(method).eval()(fields(8, full=False).index(part))["byol"]
+        torch.save((still, *sgd_steps(method.train(), [fields(8, seed=i).index(part) for i in range(3)])), folder / f"{name}{rank}.pt")
+    with pytest.raises(DataError, match="a batch of one"):          # nobody to normalise with, though the other process has an image
+        method(fields(1))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    two_processes(_two, folder)
+    return {name: [torch.load(folder / f"{name}{r}.pt") for r in (0, 1)] for name in DDP}
+
+
+@pytest.mark.parametrize("name", DDP)
+def test_two_processes_have_the_same_losses_and_weights(name, ranks):
+    (_, a, s), (_, b, t) = ranks[name]
+    own = ("running_mean", "running_var")                           # of its own tiles, until the next forward takes the first process's
+    assert torch.equal(a, b) and all(torch.equal(v, t[k]) for k, v in s.items() if not k.endswith(own))
+    norms = {k for k, v in s.items() if k.endswith(own) and not torch.equal(v, t[k])}
+    assert any("projector" in k for k in norms) and any("encoder.net" in k for k in norms) == (name != "group")
+
+
+@pytest.mark.parametrize("name", DDP)
+def test_two_processes_are_one_but_for_the_statistics_of_their_norms(name, ranks):
+    "Evaluated, the loss is that of the whole batch; in training, the mean over two that normalise by themselves."
+    method = make(**DDP[name])
+    with torch.no_grad():
+        for still, *_ in ranks[name]:
+            torch.testing.assert_close(still, copy.deepcopy(method).eval()(fields(8, full=False))["byol"], atol=1e-5, rtol=1e-5)
+        halves = [copy.deepcopy(method).train()(fields(8).index(slice(i, i + 4)))["byol"] for i in (0, 4)]
+        torch.testing.assert_close(ranks[name][0][1][0, 0], sum(halves) / 2, atol=1e-5, rtol=1e-5)
+        assert (method.train()(fields(8))["byol"] - sum(halves) / 2).abs() > 1e-4

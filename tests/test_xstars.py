@@ -2,8 +2,6 @@
 
 import copy
 import math
-import os
-import socket
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from rs_selfsup.data.augment import Normalize
 from rs_selfsup.data.loading import dataloaders
 from rs_selfsup.encoders import MultiModalViT
 from rs_selfsup.export import export_encoder, load_encoder
+from rs_selfsup.losses.distillation import koleo
 from rs_selfsup.losses.msad import msad
 from rs_selfsup.methods.xstars import XSTARS, Looked, cross_sensor_retrieval, look, meet, recall_at_1, turns
 from rs_selfsup.modalities import Band, DataError, Modality, preset
@@ -233,10 +232,7 @@ def test_defect_9_no_loop_over_places_or_samples():
 BOTH = [dict(weights=dict(koleo=0.1), learn_temperature=True), dict(collapse="sinkhorn", teacher_side=True)]
 
 
-def _two(rank, port, methods, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def _two(rank, methods, folder):
     for i, method in enumerate(methods):
         for full in (True, False):
             m = nn.parallel.DistributedDataParallel(copy.deepcopy(method))
@@ -245,16 +241,12 @@ def _two(rank, port, methods, folder):
             if rank == 0:
                 grads = {n: p.grad for n, p in m.module.named_parameters() if p.grad is not None}
                 torch.save(({k: v.item() for k, v in terms.items()}, grads, m.module.center), folder / f"{i}{full}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_defect_10_two_processes_train_as_one(tmp_path):
     "Negatives, centre, prototypes and the turns of the sensors are those of the global batch"
     methods = [make(THREE, patch=6, **kw).train() for kw in BOTH]
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_two, (port, methods, tmp_path), nprocs=2)
+    ground.two_processes(_two, methods, tmp_path)
     for i, method in enumerate(methods):
         for full in (True, False):
             terms, grads, center = torch.load(tmp_path / f"{i}{full}.pt")
@@ -580,3 +572,72 @@ def test_linear_retrieval_finds_what_a_linear_map_can(tmp_path, monkeypatch):
     other = {s: [torch.randn(o.shape, generator=g), *same[s][1:]] for s, o in x.items()}
     monkeypatch.setattr(xstars, "_places", lambda model, store, split, names, n, bs: other[split])
     assert xstars.linear_retrieval(None, None, "a", "b") < 0.2
+
+
+# --- known traps of its parts
+
+def test_koleo_is_of_features_before_the_head_and_of_each_view_alone():
+    "Across views, the nearest neighbour would be the same image; behind the head, unit vectors of prototypes."
+    method, batch = make(weights=dict(koleo=1.0), gather=False).eval(), fields(6, 16)
+    term = method(batch)["koleo"]
+    z, valid = method._inputs(batch)
+    both = [torch.cat(o) for o in zip(*(method._see(method.encoder, vs[:2], m)[0] for m, vs in method.views(z, valid, batch.key).items()))]
+    want = torch.stack([koleo(x) for x in both]).mean()
+    torch.testing.assert_close(term, want)
+    for p in method.head.parameters():
+        p.data += torch.randn_like(p)
+    torch.testing.assert_close(method(batch)["koleo"], want)
+
+
+def test_copies_of_a_tile_in_a_batch_are_finite():
+    method, batch = make(weights=dict(koleo=1.0)).train(), fields(6, 16)
+    for m in TWO:
+        batch.images[m][:] = batch.images[m][:1]
+    batch.key[:] = batch.key[:1]
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = method(batch)
+    total(method, terms).backward()
+    assert all(v.isfinite() for v in terms.values()) and all(p.grad.isfinite().all() for p in method.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kw", [{}, dict(teacher_side=True)])
+def test_teacher_is_a_network_of_its_own_and_gives_the_targets(kw):
+    "The trap of two names for one module: the target would be the student itself."
+    method, batch = make(**kw).eval(), fields(6, 16)
+    pairs = [(getattr(method, t), getattr(method, s)) for t, s in method.teachers.items()]
+    assert not {p.data_ptr() for t, _ in pairs for p in t.parameters()} & {p.data_ptr() for _, s in pairs for p in s.parameters()}
+    for t, term in dict(teacher="dino", teacher_head="dino", teacher_msad="msad").items():
+        if not hasattr(method, t):
+            continue
+        was = method(batch)
+        for p in getattr(method, t).parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        now = method(batch)
+        assert (now[term] - was[term]).abs() > 1e-5 and ("teacher_msad" in method.teachers or torch.equal(now["msad"], was["msad"]))
+
+
+def test_pairs_of_the_same_view_do_not_count():
+    "Two global views and no local ones: each is asked about the other, and never about itself."
+    method, batch = make(n_local=0, weights=dict(msad=0)).eval(), fields(6, 16)
+    z, valid = method._inputs(batch)
+    seen = [(method._see(method.encoder, vs, m)[0], method._see(method.teacher, vs, m)[0]) for m, vs in method.views(z, valid, batch.key).items()]
+    s, t = (torch.cat(o, 1) for o in zip(*seen))
+    s, t = method.head(s), ((method.teacher_head(t) - method.center) / method.teacher_t).softmax(-1)
+    want = -sum((t[i] * (s[1 - i] / 0.1).log_softmax(-1)).sum(-1).mean() for i in (0, 1)) / 2
+    torch.testing.assert_close(method(batch)["dino"], want)
+
+
+def test_collapsed_prototypes_cost_log_k():
+    method, batch = make(weights=dict(msad=0)), fields(6, 16)
+    for head in (method.head, method.teacher_head):
+        head.prototypes.data[:] = head.prototypes.data[:1]
+    torch.testing.assert_close(method(batch)["dino"], torch.tensor(math.log(64)))
+
+
+def test_nodata_may_be_nan():
+    method, batch = make(weights=dict(koleo=0.1)).eval(), fields(6, 16, full=False)
+    a = method(batch)
+    for m in TWO:
+        batch.images[m] = batch.images[m].masked_fill(~batch.valid[m], math.nan)
+    b = method(batch)
+    assert all(torch.equal(a[k], b[k]) and a[k].isfinite() for k in a)

@@ -94,7 +94,7 @@ class CMID(Method):
         gain:float=.2,                 # view B, optical: largest relative change of brightness; published: .4
         shift:float=.1,                # view B, optical: largest offset per band, in standard deviations
         db:float=0.,                   # view B, radar: largest common offset in dB
-        metres:float=0.,               # view B, height: largest offset in metres
+        metres:float=0.,               # view B, heights above ground (others are relative to the tile): largest offset in metres
         sigma:tuple=(.1, 2.),          # view B, optical: blur, px
         block:int=32,                  # side of a hidden block, px of the finest modality
         mask_ratio:float=.6,           # share of the blocks that is hidden, rounded up
@@ -249,7 +249,8 @@ def glob_loss(self:CMID, m:str, student, teacher, share, **_) -> Tensor:
     old = self.queue[m] if self.global_loss == 'queue' else None
     kw = dict(negatives=old.keys, real=old.real) if old else dict(gather=self.gather)
     loss = sum(infonce(q, k, mask=there, temperature=self.temperature, **kw) for q, k in ((qa, kb), (qb, ka)))/2
-    if old and self.training: old.enqueue(torch.cat([kb, ka]), None if there is None else there.repeat(2))
+    if old and self.training:
+        for k in (kb, ka): old.enqueue(k, there)                              # one after the other: the order of one process on any number
     return loss
 
 # %% ../../nbs/51_methods.cmid.ipynb #51c00031
@@ -292,7 +293,8 @@ def forward(self:CMID,
     batch,                   # `Batch`: images as stored or z-scores, valid, key, full
 ) -> dict:                   # name -> scalar float32
     "Named losses of a batch, the mean over the modalities; the total is their sum weighted by `weights`"
-    check_batch(len(batch), 'no other image to tell it from, no statistics for BatchNorm', world())
+    alone = self.weights['glob'] and self.global_loss == 'byol'              # its heads normalise with this process's images
+    check_batch(len(batch), 'no other image to tell it from, no statistics for BatchNorm', 1 if alone else world())
     views = self.views(batch)
     terms = [self._terms(batch.key, views, m) for m in self.names]
     return {k: sum(t[k] for t in terms)/len(terms) for k in terms[0]}

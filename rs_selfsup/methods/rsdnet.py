@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from ..backbones import Backbone, is_plain_vit
 from ..data.augment import Normalized, grid_factors
 from ..data.views import cut, draw_window, relight
-from ..distributed import world
 from ..losses.distillation import byol_loss
 from .core import Method, check_batch, check_choice, check_weights, mlp, pca_rgb
 from ..modalities import DataError, pick, preset
@@ -403,7 +402,7 @@ def forward(self:RSDNet,
     batch,                       # `Batch`: images as stored (or normalised), valid, key, full
 ) -> dict:                       # byol
     "Named losses of a batch"
-    check_batch(len(batch), 'the norms of projector and predictor need other images', world())
+    check_batch(len(batch), 'the norms of projector and predictor need other images of this process')
     return self.compare(*self.views(batch)[:2])
 
 # %% ../../nbs/52_methods.rsdnet.ipynb #6302274d
