@@ -131,17 +131,24 @@ def _check(self:Modality): # on construction, so that there is no invalid modali
 
 # %% ../nbs/00_modalities.ipynb #fc90f10f
 @patch
-def replace(self:Modality, **kw): # a copy with other fields
+def replace(self:Modality,
+            **kw # the fields to change, and their new values
+           ) -> Modality:
+    "A copy with other fields"
     return dataclasses.replace(self, **kw)
 
 @patch
-def select(self:Modality, names): # the same modality with some of its bands, in the order of `names`
+def select(self:Modality,
+           names # names of the bands to keep, in the order wanted
+          ) -> Modality:
+    "The same modality with some of its bands, in the order of `names`"
     by = {b.name: b for b in self.bands}
     return self.replace(bands=tuple(by[pick(n, by, 'band')] for n in names))
 
 # %% ../nbs/00_modalities.ipynb #fa999cdd
 @patch
-def to_dict(self:Modality) -> dict: # plain types, for YAML, JSON and file headers
+def to_dict(self:Modality) -> dict:
+    "Plain types, for YAML, JSON and file headers"
     def plain(b): return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(b).items()}
     return dict(name=self.name, bands=[plain(b) for b in self.bands], gsd=self.gsd, kind=self.kind)
 
@@ -155,7 +162,8 @@ def check_keys(d:dict, # what was read
     for k in d: pick(k, known, f'key in {what}', file)
 
 # %% ../nbs/00_modalities.ipynb #fe71ca11
-def band_from(d) -> Band: # a dict as in a YAML file
+def band_from(d # a dict as in a YAML file: the fields of `Band`, name and unit at least
+             ) -> Band:
     "A `Band` from its dict"
     if not isinstance(d, dict): raise DataError(f'a band must be written as {{name: ..., unit: ...}}, not {d!r}')
     check_keys(d, [f.name for f in dataclasses.fields(Band)], 'band')
@@ -216,7 +224,7 @@ def preset(name:str, # a key of `PRESETS`
 def check_values(values, # array of physical values, any shape
                  valid, # bool array of the same shape; None: all valid
                  band, # a `Band`
-                 file='', # for the message
+                 file='', # where the values are from, for the message
                  most:int=65536 # look at about this many values at most
                 ):
     "Raise a `DataError` when valid values are not finite or contradict the band's unit"

@@ -24,7 +24,7 @@ def _shift(x:Tensor, n:int)->Tensor:
 # %% ../nbs/01_randomness.ipynb #00000008
 def mix(
     x:Tensor, # Any shape, int64
-)->Tensor: # Same shape, int64: a bijection in which every input bit moves half of the output bits
+)->Tensor: # Same shape, int64: a bijection in which every input bit moves about half of the output bits
     "SplitMix64's finaliser in wrap-around int64 arithmetic"
     x = (x ^ _shift(x, 30))*_signed(_MIX1)
     x = (x ^ _shift(x, 27))*_signed(_MIX2)

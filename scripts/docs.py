@@ -135,8 +135,9 @@ def output_markdown(output, page, picture):
     return fence(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text), "{ .text .nb-output }") if text.strip() else ""
 
 
-SIGNATURE = re.compile(r"```python\n+(?:def|class) (\w+)\((.*?)\n\)(?:->(.*?))?:(?: # (.*?))?\n+```", re.S)
-PARAMETER = re.compile(r"    (?P<name>\*{0,2}\w+|\*|/)(?::(?P<type>.*?))?(?:=(?P<default>.*?))?,(?: # (?P<about>.*))?")
+SIGNATURE = re.compile(r"```python\n+(?:def|class) (\w+)\((?:\)|(.*?)\n\))(?:->(.*?))?:(?: # (.*?))?\n+```", re.S)
+PARAMETER = re.compile(r"(?P<name>\*{0,2}\w+|\*|/)(?::(?P<type>.*?))?(?:=(?P<default>.*))?", re.S)
+LINE = re.compile(r"\s*(?P<code>.*?),?(?: # (?P<about>.*))?")
 
 
 def documented(path):
@@ -163,24 +164,51 @@ def code_cell(text):
     return f"<code>{html.escape(text).replace('|', '&#124;')}</code>" if text else ""
 
 
+def split(code):
+    "The parameters on one line: at the commas outside of brackets and strings."
+    depth, quote, start, out = 0, "", 0, []
+    for i, c in enumerate(code):
+        if quote:
+            quote = "" if c == quote else quote
+        elif c in "'\"":
+            quote = c
+        elif c == "," and not depth:
+            out.append(code[start:i].strip())
+            start = i + 1
+        else:
+            depth += (c in "([{<") - (c in ")]}>")
+    return [p for p in [*out, code[start:].strip()] if p]
+
+
+def cell_text(text):
+    "A comment inside a Markdown table: no new column, and a closing {t: 3} is no list of attributes."
+    text = re.sub(r"\|", "&#124;", text or "")
+    return re.sub(r"`[^`]*`|\$[^$]*\$|\{", lambda m: "&#123;" if m[0] == "{" else m[0], text)
+
+
 def parameters(match):
-    "The signature in brief, then a table: nbdev shows the docments as comments, which get long."
+    """The signature in brief, then a table: nbdev shows the docments as comments, which get long. Parameters that share
+    a line in the source share its comment, so they share a row."""
     name, body, returns, about = match.groups()
-    found = [PARAMETER.fullmatch(line) for line in body.splitlines() if line.strip()]
-    if not found or not all(found):
+    lines = [LINE.fullmatch(line) for line in (body or "").splitlines() if line.strip()]
+    groups = [([PARAMETER.fullmatch(p) for p in split(line["code"])], line["about"]) for line in lines]
+    found = [m for group, _ in groups for m in group]
+    if not all(found):
         return re.sub(r"\[(`[^`]+`)\]\([^)]*\)", r"\1", match.group())  # no links in code
     brief = [m["name"] + (f"={m['default']}" if m["default"] else "") for m in found]
     head = f"{name}({', '.join(brief)})" + (f" -> {returns}" if returns and returns != "None" else "")
-    rows = [(m["name"], m["type"], m["default"], m["about"]) for m in found if m["name"] not in "*/"]
+    rows = []
+    for group, text in groups:
+        if group := [m for m in group if m["name"] not in "*/"]:
+            said = {m["type"]: "" for m in group if m["type"] not in (None, "NoneType")}  # None is only the default
+            columns = [m["name"] for m in group], said, [m["default"] for m in group]
+            rows.append((*(", ".join(code_cell(o) for o in column if o) for column in columns), text))
     if about:
-        rows.append(("returns", returns, "", about))
+        rows.append(("*returns*", code_cell(returns), "", about))
     if not any(row[3] for row in rows):
         return fence(head, "{ .python .signature }")
     lines = ["| | type | default | |", "|---|---|---|---|"]
-    for name, kind, default, text in rows:
-        shown = "*returns*" if name == "returns" and text == about else code_cell(name)
-        text = re.sub(r"\|", "&#124;", text or "")
-        lines.append(f"| {shown} | {code_cell(kind)} | {code_cell(default)} | {text} |")
+    lines += [f"| {who} | {kind} | {default} | {cell_text(text)} |" for who, kind, default, text in rows]
     return fence(head, "{ .python .signature }") + "\n\n" + "\n".join(lines)
 
 
@@ -247,7 +275,7 @@ def page_markdown(path, cfg, pages):
             every = defined(code)
             names = [n for n in every if n in docs]
             put(*(symbol(text) for n in names for text in outputs(docs[n])))
-            if names or (every and all(n.startswith("_") for n in every)):
+            if names or (every and all(n.rpartition(".")[2].startswith("_") for n in every)):
                 unfolded = fence(code, "python").splitlines()
                 put('??? quote "Source"\n\n' + "\n".join("    " + line for line in unfolded))
             elif code and not only_imports(code):

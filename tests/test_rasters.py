@@ -735,7 +735,7 @@ def test_two_files_for_one_scene(tmp_path):
     for c in "ab":
         write(tmp_path / c / "1.tif", np.ones((3, 4, 4), np.uint8))
     d = dict(anchor="rgb", modalities=dict(rgb=RGB), discover=dict(pattern="{label}/{scene}.tif"))
-    with pytest.raises(DataError, match="two files for rgb"):
+    with pytest.raises(DataError, match="two files for rgb of scene"):
         load_scenes(d, tmp_path)
     d["discover"]["scene"] = "{label}_{scene}"
     assert [s.name for s in load_scenes(d, tmp_path)] == ["a_1", "b_1"]

@@ -30,7 +30,7 @@ class RasterFile:
     path:str # file, GDAL address (/vsi..., http) or Zarr folder
     bands:list|None=None # 1-based band numbers, or variable names (NetCDF, Zarr); None: all but alpha
     names:list|None=None # which bands of the modality it holds; None: all of them
-    select:dict|None=None # NetCDF, Zarr: dimension -> index or label, e.g. {t: 3}
+    select:dict|None=None # NetCDF, Zarr: dimension -> index or label: `{t: 3}`
     scale:float|None=None # physical = stored*scale + offset; None: as the modality's bands say
     offset:float|None=None # see scale
     nodata:float|str|None=None # stored value without meaning; None: as declared; 'none': declared, but not believed
@@ -79,13 +79,18 @@ class Scenes:
 
 # %% ../../nbs/10_data.rasters.ipynb #9724a6c2
 @patch
-def __getitem__(self:Scenes, i): # by position or by name
+def __getitem__(self:Scenes, i # by position or by name
+               ) -> Scene:
     if not isinstance(i, str): return self.scenes[i]
     return next(s for s in self.scenes if s.name == pick(i, [s.name for s in self.scenes], "scene"))
 
 # %% ../../nbs/10_data.rasters.ipynb #b4668c50
 @patch
-def open(self:Scenes, i=0, **kw): # a `SceneReader` for one of them
+def open(self:Scenes,
+         i=0, # which scene, by position or by name
+         **kw # of `SceneReader`
+        ):
+    "A `SceneReader` for one of the scenes"
     return SceneReader(self[i], self, **kw)
 
 # %% ../../nbs/10_data.rasters.ipynb #00000009
@@ -239,7 +244,7 @@ def _together(hits, key):
             one = scenes.setdefault(key.format(**w), dict(words={}, files={}))
             one['words'].update(w)
             if (name, band) in one['files']:
-                raise DataError(f"two files for {name} {band or ''} of scene '{key.format(**w)}'", path,
+                raise DataError(f"two files for {' '.join(filter(None, (name, band)))} of scene '{key.format(**w)}'", path,
                                 fix=f'The other is {one["files"][name, band][0]}. Write e.g. scene: "{{label}}_{{scene}}".')
             one['files'][name, band] = path, over
     return scenes
@@ -391,7 +396,8 @@ def grid_factors(scenes:Scenes # of which modalities and anchor matter
     return out
 
 # %% ../../nbs/10_data.rasters.ipynb #00000021
-def fold_scales(scenes:Scenes) -> Scenes: # the same object
+def fold_scales(scenes:Scenes # its modalities and files are changed in place
+               ) -> Scenes: # the same object
     "Scale and offset that all files of a modality share become those of its bands"
     for k, m in scenes.modalities.items():
         files = [f for s in scenes for f in s.rasters.get(k, ())]

@@ -1,0 +1,45 @@
+"""The documentation site's tables of parameters."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@pytest.fixture
+def docs(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    yield pytest.importorskip("docs")
+    for name in ("docs", "common"):
+        sys.modules.pop(name, None)
+
+
+def table(docs, signature):
+    return docs.parameters(docs.SIGNATURE.search(f"```python\n\n{signature}\n\n```")).splitlines()
+
+
+def test_parameters_on_one_line_share_a_row(docs):
+    source = "def read(\n    row:int, col:int=0, # upper left corner\n    *, size:tuple=(1, 2), # px\n)->dict: # both"
+    head, *rows = [line for line in table(docs, source) if line.startswith(("|", "read"))]
+    assert head == "read(row, col=0, *, size=(1, 2)) -> dict"
+    assert rows[2:] == [
+        "| <code>row</code>, <code>col</code> | <code>int</code> | <code>0</code> | upper left corner |",
+        "| <code>size</code> | <code>tuple</code> | <code>(1, 2)</code> | px |",
+        "| *returns* | <code>dict</code> |  | both |",
+    ]
+
+
+def test_what_says_nothing_or_would_be_swallowed(docs):
+    row = table(docs, "def f(\n    pick:NoneType=None, # a|b, e.g. {t: 3} or `{t: 3}`\n):")[-1]
+    assert row == "| <code>pick</code> |  | <code>None</code> | a&#124;b, e.g. &#123;t: 3} or `{t: 3}` |"
+
+
+def test_commas_inside_stay(docs):
+    assert docs.split("a:dict[str, int]={'x, y': 1}, b=\", \", *c") == ["a:dict[str, int]={'x, y': 1}", 'b=", "', "*c"]
+
+
+def test_no_parameter(docs):
+    assert table(docs, "def world()->int: # processes")[1:2] == ["world() -> int"]
+    assert table(docs, "def world()->int: # processes")[-1] == "| *returns* | <code>int</code> |  | processes |"
