@@ -8,7 +8,6 @@ __all__ = ['OWN', 'PAIRS', 'method_learner', 'method_store', 'bench_learners', '
 
 # %% ../nbs/97_bench_methods.ipynb #390165fa
 import copy
-import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace

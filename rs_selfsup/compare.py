@@ -218,8 +218,8 @@ def run_trial(
     rows = rows.assign(method=t.called, epochs=t.epochs, steps=t.epochs * len(learn.dls.train), seconds=seconds, memory_mb=peak_memory())
     leave_files(learn, out)
     own = dict(before=before, after=learn.method.measures(store))
-    pd.DataFrame([dict(method=t.called, seed=t.seed, measure=k, when=w, value=v) for w, d in own.items() for k, v in d.items()],
-                 columns=MEASURES).to_csv(out / "measures.csv", index=False)
+    lines = [(t.called, t.seed, k, w, v) for w, d in own.items() for k, v in d.items()]
+    pd.DataFrame(lines, columns=MEASURES).to_csv(out / "measures.csv", index=False)
     rows.to_csv(out / "rows.csv", index=False)
     return rows
 
@@ -233,7 +233,8 @@ def run_trials(
 ) -> pd.DataFrame:
     "Rows of all trials; every trial in `out/method_seed`."
     jobs = [(store.path, Path(out) / t.name, t) for t in trials]
-    if len({j[1] for j in jobs}) < len(jobs): raise DataError("two trials of the same method and seed", file=out, fix="Run them into folders of their own, or give them labels.")
+    if len({j[1] for j in jobs}) < len(jobs):
+        raise DataError("two trials of the same method and seed", file=out, fix="Run them into folders of their own, or give them labels.")
     if processes == 1:
         return pd.concat([run_trial(*j, threads=None) for j in tqdm(jobs, desc="trials", disable=not progress)], ignore_index=True)
     context = get_context("spawn")
