@@ -199,9 +199,10 @@ def parameters(match):
     head = f"{name}({', '.join(brief)})" + (f" -> {returns}" if returns and returns != "None" else "")
     rows = []
     for group, text in groups:
-        if group := [m for m in group if m["name"] not in "*/"]:
-            said = {m["type"]: "" for m in group if m["type"] not in (None, "NoneType")}  # None is only the default
-            columns = [m["name"] for m in group], said, [m["default"] for m in group]
+        group = [m for m in group if m["name"] not in "*/"]
+        for some in [group] if text and group else [[m] for m in group]:
+            said = {m["type"]: "" for m in some if m["type"] not in (None, "NoneType")}  # None is only the default
+            columns = [m["name"] for m in some], said, [m["default"] for m in some]
             rows.append((*(", ".join(code_cell(o) for o in column if o) for column in columns), text))
     if about:
         rows.append(("*returns*", code_cell(returns), "", about))

@@ -52,7 +52,8 @@ def _apply(t, x, y): # an affine on arrays
     return t.a*x + t.b*y + t.c, t.d*x + t.e*y + t.f
 
 # %% ../../nbs/11_data.tiles.ipynb #0000000c
-def pixel_metres(p:Place) -> float: # metres; 1 without a CRS, where all sizes are in pixels
+def pixel_metres(p:Place # where the scene lies
+                ) -> float: # metres; 1 without a CRS, where all sizes are in pixels
     "Ground size of an anchor pixel, the smallest found over the scene"
     if p.crs is None: return 1.
     x, y = np.meshgrid([0, p.width/2, p.width], [0, p.height/2, p.height])
@@ -403,7 +404,13 @@ class Unit:
 # %% ../../nbs/11_data.tiles.ipynb #00000039
 class Cutter:
     "Reads units and writes tiles"
-    def __init__(self, scenes, layout, root, chunk, min_valid):
+    def __init__(self,
+                 scenes, # `Scenes`
+                 layout, # `Layout` of the store
+                 root, # folder of the store
+                 chunk, # tiles per file
+                 min_valid # least share of valid anchor pixels of a tile
+                ):
         self.scenes, self.layout, self.min_valid = scenes, layout, min_valid
         self.files, self.current, self.reader = layout.files(root, chunk, most=1), None, None
 
@@ -616,7 +623,8 @@ PERCENTILES = dict(p01=.01, p02=.02, p50=.5, p98=.98, p99=.99)
 # %% ../../nbs/11_data.tiles.ipynb #70e09835
 class BandCount:
     "Statistics of one band of 8 or 16 bit numbers, from the counts of every value"
-    def __init__(self, dtype):
+    def __init__(self, dtype # as stored
+                ):
         info = np.iinfo(dtype)
         self.low, self.count = int(info.min), np.zeros(int(info.max) - int(info.min) + 1, np.int64)
 
@@ -636,7 +644,10 @@ class BandCount:
 # %% ../../nbs/11_data.tiles.ipynb #0000004b
 class BandMoments:
     "Statistics of one band of other numbers; percentiles from every `step`-th value"
-    def __init__(self, dtype=None, step=1): self.n, self.mean, self.m2, self.step, self.some = 0, 0., 0., step, []
+    def __init__(self,
+                 dtype=None, # not used: the same call as `BandCount`
+                 step=1 # every how many-th value is kept for the percentiles
+                ): self.n, self.mean, self.m2, self.step, self.some = 0, 0., 0., step, []
 
     def add(self, x): # 1-D array of valid values
         if not len(x): return
@@ -658,7 +669,10 @@ class BandMoments:
         return dict(n=self.n, mean=float(self.mean), std=float(np.sqrt(self.m2/self.n)), quantile=at)
 
 # %% ../../nbs/11_data.tiles.ipynb #5ec0f52e
-def band_counter(dtype, step=1):
+def band_counter(dtype, # as stored
+                 step=1 # of wider types, every how many-th value counts for the percentiles
+                ):
+    "`BandCount` for whole numbers of 8 and 16 bits, else `BandMoments`"
     d = np.dtype(dtype)
     return BandCount(d) if d.kind in 'iu' and d.itemsize < 3 else BandMoments(d, step)
 
@@ -1011,7 +1025,13 @@ def _finish(out, plan, ground, dealt, journal, chunk, crew, asked):
     _metadata(out, L, index, per)
 
 # %% ../../nbs/11_data.tiles.ipynb #00000069
-def make_report(plan, ground, dealt, journal, index, asked) -> dict:
+def make_report(plan, # `Plan`
+                ground, # `Ground`
+                dealt, # `Splits`
+                journal, # `Journal`, complete
+                index, # table of the stored tiles
+                asked # settings of the build
+               ) -> dict:
     "Counts of what is in the store and what is not"
     names, t = [s.name for s in plan.scenes.scenes], plan.layout.tile
     kept, scene = np.zeros(len(ground.scene), bool), np.array(list(plan.grids))[ground.scene]
@@ -1183,7 +1203,8 @@ def to_xarray(self:TileStore): # -> `xarray.Dataset`, read on demand
 
 # %% ../../nbs/11_data.tiles.ipynb #3ce1f2b9
 @patch(as_prop=True)
-def index(self:TileStore): # table: tile, scene, group, row, col, split, label, valid_<modality>, full_<modality>
+def index(self:TileStore):
+    "Property, a table: tile, scene, group, row, col, split, label, valid_<modality>, full_<modality>"
     if self._index is None:
         import pandas as pd
         p = self.path/'index.csv'
@@ -1197,13 +1218,15 @@ def index(self:TileStore): # table: tile, scene, group, row, col, split, label, 
 
 # %% ../../nbs/11_data.tiles.ipynb #8af1ba3b
 @patch(as_prop=True)
-def stats(self:TileStore): # modality -> mean, std, min, max, p01, p02, p50, p98, p99: lists, physical units, train split
+def stats(self:TileStore):
+    "Property: modality -> mean, std, min, max, p01, p02, p50, p98, p99, lists in physical units over the train split"
     if self._stats is None: self._stats = self._json('stats.json')
     return self._stats
 
 # %% ../../nbs/11_data.tiles.ipynb #b74ba2ce
 @patch(as_prop=True)
-def report(self:TileStore): # what is in the store and what was left out, see report.md
+def report(self:TileStore):
+    "Property: what is in the store and what was left out, see report.md"
     if self._report is None: self._report = self._json('report.json')
     return self._report
 
