@@ -469,7 +469,7 @@ def _add_compare(commands):
 def _add_bench(commands):
     p = _command(commands, "bench", bench, "measure this project's own figures on this machine", "--only masks loader")
     p.add_argument("--only", nargs="+", help="names of benchmarks (default: all but the slow ones)")
-    p.add_argument("--slow", action="store_true", help="also the 20,000 x 20,000 scene")
+    p.add_argument("--slow", action="store_true", help="also large builds, their memory, and the demo")
     p.add_argument("--repeats", type=int, default=5, help="pairs per ratio; the median counts")
     p.add_argument("--out", type=Path, help="JSON for the rows")
     return p
