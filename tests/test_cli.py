@@ -57,3 +57,9 @@ def test_data_error_in_a_process_of_its_own(tmp_path):
     assert done.stderr.startswith("rs-selfsup: ") and "nowhere" in done.stderr
     assert "FutureWarning" not in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_help_names_a_default_once():
+    commands = cli.build_parser()._subparsers._group_actions[0].choices
+    text = "\n".join(p.format_help() for p in commands.values())
+    assert "(default: None)" not in text and "(default: 224)" in text and "(default: the tile)" in " ".join(text.split())
