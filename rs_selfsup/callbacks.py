@@ -762,7 +762,7 @@ def differences(
     saved:dict,     # settings in the checkpoint
     now:dict,       # settings of this run
     prefix='',      # of the names
-) -> list:          # of 'name: saved in the checkpoint, now now'
+) -> list:          # of 'name: OLD in the checkpoint, NEW now'
     "A line for every setting that differs"
     out = []
     for k in dict.fromkeys((*saved, *now)):

@@ -89,9 +89,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 # %% ../nbs/95_cli.ipynb #68443c06
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    "Names a default once: in words where the help has them, else the value, and None never."
+    def _get_help_string(self, action):
+        said = action.default is None or "default:" in (action.help or "")
+        return action.help if said else super()._get_help_string(action)
+
+
 def _command(commands, name, call, about, example):
     p = commands.add_parser(name, help=about, description=about, epilog=f"example:  rs-selfsup {name} {example}",
-                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                            formatter_class=_Help)
     p.set_defaults(call=call)
     return p
 
@@ -105,7 +112,7 @@ def synth(args):
 
 # %% ../nbs/95_cli.ipynb #45bb3940
 def _add_synth(commands):
-    p = _command(commands, "synth", synth, "write embedded scenes (RGB, height, multispectral, SAR, labels) as GeoTIFFs", "scenes --n-scenes 16")
+    p = _command(commands, "synth", synth, "write generated scenes (RGB, height, multispectral, SAR, labels) as GeoTIFFs", "scenes --n-scenes 16")
     p.add_argument("out", type=Path, help="folder to write")
     p.add_argument("--n-scenes", type=int, default=8, help="scenes")
     p.add_argument("--size-m", type=float, default=256, help="side of a scene in metres")

@@ -76,7 +76,7 @@ class Band:
     name:str # as in the files: 'B02', 'red', 'height'
     unit:str # a key of `UNITS`
     wavelength:float|None=None # centre in nm; None: not an optical band
-    valid_range:tuple|None=None # (lo, hi) in `unit`; None: the unit's own limits
+    valid_range:tuple|None=None # (lo, hi) in the band's unit; None: the unit's own limits
     nodata:float|None=None # stored value that means 'nothing here'; None: as the file declares
     scale:float=1. # unit per stored step
     offset:float=0. # physical value of a stored 0

@@ -61,6 +61,9 @@ def relink(text, page, folder, cfg, pages):
                 return before.lstrip("[").removesuffix(
                     "]("
                 )  # nbdev's index knows private names, the pages do not show them
+            own = page.removeprefix("api/")
+            if anchor in SHOWN.get(own, set()):  # nbdev takes the first module that has the name, a page means its own
+                name = own
             shown = SHOWN.get(name, set())
             anchor = next((a for a in (anchor, anchor.partition(".")[0]) if a in shown), "")
             return before + relative(name, page) + ("#" + anchor if anchor else "") + after

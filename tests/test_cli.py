@@ -85,3 +85,9 @@ def stop():
 def test_a_variant_names_a_method(text, capsys, tmp_path):
     assert cli.main(["compare", "store", str(tmp_path), "--methods", text]) == 2
     assert "NAME=METHOD" in capsys.readouterr().err
+
+
+def test_help_names_a_default_once():
+    commands = cli.build_parser()._subparsers._group_actions[0].choices
+    text = "\n".join(p.format_help() for p in commands.values())
+    assert "(default: None)" not in text and "(default: 224)" in text and "(default: the tile)" in " ".join(text.split())

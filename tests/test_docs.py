@@ -43,3 +43,11 @@ def test_commas_inside_stay(docs):
 def test_no_parameter(docs):
     assert table(docs, "def world()->int: # processes")[1:2] == ["world() -> int"]
     assert table(docs, "def world()->int: # processes")[-1] == "| *returns* | <code>int</code> |  | processes |"
+
+
+@pytest.mark.parametrize("page, to", [("evaluate.md", "evaluate.md"), ("api/evaluate.md", "../evaluate.md"), ("demo.md", "cli.md")])
+def test_a_page_means_its_own_symbol(docs, monkeypatch, page, to):
+    monkeypatch.setattr(docs, "SHOWN", {"cli.md": {"probe"}, "evaluate.md": {"probe"}})
+    cfg = {"doc_host": "https://a.org", "doc_baseurl": "/b"}
+    text = docs.relink("rows of [`probe`](https://a.org/b/cli.html#probe)", page, "nbs", cfg, {})
+    assert text.strip() == f"rows of [`probe`]({to}#probe)"

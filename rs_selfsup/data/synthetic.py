@@ -727,7 +727,7 @@ def make_scene(seed, # int or tuple of ints
                collars:float=.25 # share of scenes with a nodata collar
               ) -> dict: # modality -> (bands, h, w), label -> (n, n), 'buildings' -> list, 'conditions'
     "One scene, the same for the same seed"
-    for m in modalities: pick(m, GSD, 'embedded modality')
+    for m in modalities: pick(m, GSD, 'modality')
     if size_m < 32 or size_m % 2:
         raise DataError(f'a scene of {size_m} m cannot be cut into pixels of 0.5, 2 and 10 m',
                         fix='Give size_m as a multiple of 2, at least 32.')

@@ -455,7 +455,7 @@ def look(self:Cutter, u:Unit): # -> [(tile, label, valid pixels of each modality
 
 # %% ../../nbs/11_data.tiles.ipynb #40ce2633
 @patch
-def put(self:Cutter, slot:int): # write the tiles that `look` kept from `slot` on
+def put(self:Cutter, slot:int): # write the tiles that the last look kept, from `slot` on
     full = [(self.layout.tile//f)**2 for f in self.layout.factors.values()]
     skip = {f'valid_{k}': i for i, k in enumerate(self.layout.factors)}
     for i, (_, _, ok, r, c) in enumerate(self.kept):

@@ -37,7 +37,7 @@ def visible_tokens(
 
 # %% ../../nbs/50_methods.mssdf.ipynb #0000000f
 def together(
-    fn,                      # (tokens (B, K, D), key_valid (B, K) | None) -> (B, ..)
+    fn,                      # (tokens (B, K, D), key_valid (B, K) | None) -> (B, ...)
     tokens:dict,             # modality -> (B, K_m, D)
     key_valid:dict,          # modality -> (B, K_m) bool | None
 ) -> dict:                   # modality -> result
@@ -119,8 +119,7 @@ class MSSDF(Method):
         decoder_heads:int|None=None,   # None = heads about as wide as the encoder's
         weights:dict|None=None,        # of the terms; None = rec 1, align .5, hsic .2, cls .1; 0 leaves a term out
         negatives:str='batch@position',# of the alignment: also 'all', 'position@image' (published)
-        align_on:str='visible',        # what is aligned: the encoder's tokens where both see ('visible') or their mean ('tile');
-                                       # the decoder's tokens at 'all' places (published) or those 'masked' in both
+        align_on:str='visible',        # the encoder's tokens where both see ('visible'), their mean ('tile'); the decoder's: 'all' (published), 'masked' in both
         temperature:float=.07,         # of the alignment
         hsic:str='width',              # scale of the redundancy: 'width', 'cka', 'none' (published)
         target_norm:str|None='batch',  # of the targets: 'batch' = each feature over the batch, 'layer' = parameter-free LayerNorm, None (published)
