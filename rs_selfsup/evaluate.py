@@ -182,7 +182,7 @@ def bootstrap_interval(
 class ProbeResult:
     "What a linear probe found."
     score: float  # on the test split
-    lo: float  # bootstrap interval
+    lo: float  # lower end of the bootstrap interval
     hi: float  # its upper end
     C: float  # the regularisation chosen on the validation split
     val: float  # score on the validation split at that C

@@ -115,7 +115,9 @@ class Modality:
     rgb = property(lambda self: rgb_bands(self), doc='Three band indices to show, or None')
 
     @classmethod
-    def from_dict(cls, d): # the way back from `to_dict`
+    def from_dict(cls, d # as `to_dict` gives it
+                 ):
+        "The way back from `to_dict`"
         check_keys(d, [f.name for f in dataclasses.fields(cls)], 'modality')
         return cls(**d)
 

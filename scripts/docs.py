@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from importlib import resources
 
 import yaml
@@ -149,7 +150,22 @@ def documented(path):
     return {m[1]: c for c in cells if (m := re.search(r"^show_doc\(([\w.]+)", joined(c.get("source")), re.M))}
 
 
-def symbol(text):
+def told(source, name):
+    """What the source says of the function or class `name` and nbdev does not: whether its documentation is its own (not a
+    base class's), whether it is a property, and the comment on **kwargs, which nbdev takes for that of the result."""
+    source, defs = textwrap.dedent(source), (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    try:
+        node = next(n for n in ast.walk(ast.parse(source)) if isinstance(n, defs) and n.name == name)
+    except (SyntaxError, StopIteration):
+        return True, False, None
+    made = next((n for n in ast.walk(node) if isinstance(n, defs) and n.name == "__init__"), node)
+    head = "\n".join(source.splitlines()[made.lineno - 1 : made.body[0].lineno])
+    kwargs = re.search(r"^[^#\n]*\*\*\w+,?\s*# ?(.+)$", head, re.M)
+    prop = any(ast.unparse(d) in ("property", "patch(as_prop=True)") for d in node.decorator_list)
+    return isinstance(node, ast.ClassDef) or bool(ast.get_docstring(node)), prop, kwargs and kwargs[1]
+
+
+def symbol(text, source="", prop=False):
     "What nbdev's `show_doc` says of a symbol: an anchor as its index names it, and the parameters as a table."
     text = re.sub(r"^---\n+", "", text)
     text = re.sub(r"(\[source\]\([^)]*\))\{[^}]*\}", r"\1{ .nb-source-link }", text)
@@ -157,9 +173,11 @@ def symbol(text):
     text = text.replace("*Call self as a function.*", "")
     if not (found := SIGNATURE.search(text)):
         return text
+    own, attribute, kwargs = told(source, found[1])
     about, _, rest = text[found.end() :].strip().partition("\n\n")  # one line of documentation before the signature
-    about = re.sub(r"^\*(.*)\*$", r"\1", about, flags=re.S)
-    return "\n\n".join(t for t in (text[: found.start()].strip(), about, parameters(found), rest) if t) + "\n"
+    about, rest = (re.sub(r"^\*(.*)\*$", r"\1", about, flags=re.S), rest) if own else ("", "")
+    shown = parameters(found, kwargs, prop or attribute)
+    return "\n\n".join(t for t in (text[: found.start()].strip(), about, shown, rest) if t) + "\n"
 
 
 def code_cell(text):
@@ -189,20 +207,24 @@ def cell_text(text):
     return re.sub(r"`[^`]*`|\$[^$]*\$|\{", lambda m: "&#123;" if m[0] == "{" else m[0], text)
 
 
-def parameters(match):
+def parameters(match, kwargs=None, prop=False):
     """The signature in brief, then a table: nbdev shows the docments as comments, which get long. Parameters that share
     a line in the source share its comment, so they share a row."""
     name, body, returns, about = match.groups()
-    lines = [LINE.fullmatch(line) for line in (body or "").splitlines() if line.strip()]
+    body = re.sub(r"np\.(?:float|int)\d+\(([^()]*)\)", r"\1", body or "")  # a number, however numpy writes it
+    lines = [LINE.fullmatch(line) for line in body.splitlines() if line.strip()]
     groups = [([PARAMETER.fullmatch(p) for p in split(line["code"])], line["about"]) for line in lines]
     found = [m for group, _ in groups for m in group]
     if not all(found):
         return re.sub(r"\[(`[^`]+`)\]\([^)]*\)", r"\1", match.group())  # no links in code
+    about = None if kwargs and about == kwargs else about
     brief = [m["name"] + (f"={m['default']}" if m["default"] else "") for m in found]
-    head = f"{name}({', '.join(brief)})" + (f" -> {returns}" if returns and returns != "None" else "")
+    head = name if prop else f"{name}({', '.join(brief)})"
+    head += f" -> {returns}" if returns and returns != "None" else ""
     rows = []
     for group, text in groups:
         group = [m for m in group if m["name"] not in "*/"]
+        text = text or (kwargs if group and group[-1]["name"].startswith("**") else None)
         for some in [group] if text and group else [[m] for m in group]:
             said = {m["type"]: "" for m in some if m["type"] not in (None, "NoneType")}  # None is only the default
             columns = [m["name"] for m in some], said, [m["default"] for m in some]
@@ -278,7 +300,7 @@ def page_markdown(path, cfg, pages):
         elif re.search(r"^#\|\s*exports?\b", source, re.M):
             every = defined(code)
             names = [n for n in every if n in docs]
-            put(*(symbol(text) for n in names for text in outputs(docs[n])))
+            put(*(symbol(text, code) for n in names for text in outputs(docs[n])))
             if names or (every and all(n.rpartition(".")[2].startswith("_") for n in every)):
                 unfolded = fence(code, "python").splitlines()
                 put('??? quote "Source"\n\n' + "\n".join("    " + line for line in unfolded))
@@ -319,14 +341,15 @@ def api_pages(cfg, pages):
             if inspect.isclass(obj) or inspect.isfunction(obj):
                 text.append(api_entry(show_doc(obj, title_level=2), name, obj))
                 members = vars(obj).items() if inspect.isclass(obj) else []
-                for m, method in members:
-                    method = getattr(method, "__func__", getattr(method, "fget", method))
+                for m, member in members:
+                    method = getattr(member, "__func__", getattr(member, "fget", member))
                     if (
                         inspect.isfunction(method)
                         and (m[0] != "_" or m == "__call__")
                         and method.__module__.startswith(cfg["lib_name"])
                     ):
-                        text.append(api_entry(show_doc(method, title_level=3), f"{name}.{m}", method))
+                        entry = api_entry(show_doc(method, title_level=3), f"{name}.{m}", method, isinstance(member, property))
+                        text.append(entry)
             else:
                 value = re.sub(r" at 0x[0-9a-f]+", "", repr(obj)).replace("\n", " ")
                 value = html.escape(value[:90] + ("…" if len(value) > 90 else "")).replace("|", "&#124;")
@@ -339,7 +362,7 @@ def api_pages(cfg, pages):
         write(page, relink("\n\n".join(text) + "\n", page, "nbs", cfg, pages))
         nav.append({page.removeprefix("api/").removesuffix(".md"): page})
         shown = ", ".join(f"`{n}`" for n in names[:8]) + (", …" if len(names) > 8 else "")
-        lines.append(f"- [`{module}`]({relative(page, 'api/index.md')}): {about} {shown}")
+        lines.append(f"- [`{module}`]({relative(page, 'api/index.md')}): {about.rstrip('.')}. {shown}")
     write("api/index.md", "\n".join(lines) + "\n")
     return ["api/index.md", *nav]
 
@@ -351,9 +374,16 @@ def api_heading(marks, name):
     return f"{marks} {name} {{ #{name.lower()} .api }}"
 
 
-def api_entry(shown, name, obj):
+def api_entry(shown, name, obj, prop=False):
     "What nbdev shows of one symbol, with its name in full and the first paragraphs of its documentation."
-    text = symbol(shown._repr_markdown_())
+    import inspect
+
+    try:
+        source = inspect.getsource(obj)
+    except (OSError, TypeError):
+        source = ""
+    shown = shown._repr_markdown_().replace("def <lambda>(", f"def {name.rpartition('.')[2]}(")
+    text = symbol(shown, source, prop)
     return re.sub(
         r"^(#+) \S+ \{ (?:#\S+ )?\.api \}", lambda m: api_heading(m[1], name), text, count=1, flags=re.M
     )

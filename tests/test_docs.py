@@ -51,3 +51,15 @@ def test_a_page_means_its_own_symbol(docs, monkeypatch, page, to):
     cfg = {"doc_host": "https://a.org", "doc_baseurl": "/b"}
     text = docs.relink("rows of [`probe`](https://a.org/b/cli.html#probe)", page, "nbs", cfg, {})
     assert text.strip() == f"rows of [`probe`]({to}#probe)"
+
+
+def test_what_the_source_says(docs):
+    own = "@patch(as_prop=True)\ndef size(self:Store) -> int:\n    'Tiles'\n    return 1"
+    base = "class A(B):\n    def __init__(self,\n        x, # a\n        **kw # of B\n    ): pass\n    def train(self): pass"
+    assert docs.told(own, "size") == (True, True, None)
+    assert docs.told(base, "train") == (False, False, None)
+    assert docs.told(base, "A") == (True, False, "of B")
+    shown = docs.symbol("---\n\n### train\n\n```python\n\ndef train():\n\n```\n\n*Set the module in training mode.*", base)
+    assert "train()" in shown and "training mode" not in shown
+    found = docs.SIGNATURE.search("```python\n\ndef A(\n    x, # a\n    **kw\n)->None: # of B\n\n```")
+    assert docs.parameters(found, "of B").splitlines()[-1] == "| <code>**kw</code> |  |  | of B |"
