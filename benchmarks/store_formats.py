@@ -191,10 +191,11 @@ def build_memory(side, folder=None, workers=1):
             for r in range(0, side, 512):
                 f.write(strip[:, : min(512, side - r)], window=Window(0, r, side, min(512, side - r)))
         code = (
-            "import sys, time, resource; from rs_selfsup.data.tiles import build_store; from rs_selfsup.data.rasters import load_scenes\n"
+            "import sys, time; from rs_selfsup.data.tiles import build_store; from rs_selfsup.data.rasters import load_scenes\n"
             "d = dict(anchor='rgbn', modalities=dict(rgbn=dict(preset='rgbn', gsd=.5)), scenes=[dict(name='a', rasters=dict(rgbn=sys.argv[1]))])\n"
             "t = time.perf_counter(); s = build_store(load_scenes(d), sys.argv[2], progress=False, workers=int(sys.argv[3]))\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024, s.report['candidates']/(time.perf_counter() - t))"
+            "peak = next(int(n.split()[1]) for n in open('/proc/self/status') if n.startswith('VmHWM'))\n"  # ru_maxrss begins at the parent's
+            "print(peak/1024, s.report['candidates']/(time.perf_counter() - t))"
         )
         args = [sys.executable, "-c", code, str(root / "s.tif"), str(root / "out"), str(workers)]
         mib, speed = subprocess.run(args, check=True, capture_output=True, text=True).stdout.split()

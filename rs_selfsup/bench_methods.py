@@ -188,7 +188,7 @@ def bench_lightly(
 ) -> list[Row]:  # empty without lightly
     "Steps of BYOL, DINO and MSAD against the same from lightly's modules."
     if find_spec("lightly") is None:
-        print("lightly is not installed: left out. To measure it: pip install lightly")
+        print("lightly is not installed: left out. To measure it: pip install 'rs_selfsup[lightly]'")
         return []
     rows = []
     with demo_threads(), tempfile.TemporaryDirectory() as d:

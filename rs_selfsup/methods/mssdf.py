@@ -119,7 +119,7 @@ class MSSDF(Method):
         decoder_heads:int|None=None,   # None = heads about as wide as the encoder's
         weights:dict|None=None,        # of the terms; None = rec 1, align .5, hsic .2, cls .1; 0 leaves a term out
         negatives:str='batch@position',# of the alignment: also 'all', 'position@image' (published)
-        align_on:str='visible',        # encoder's tokens where both see ('visible'), their mean ('tile'); decoder's: 'all' (published), 'masked' in both
+        align_on:str='visible',        # encoder's tokens that both see ('visible'), their mean ('tile'); decoder's at 'all' (published) or 'masked' places
         temperature:float=.07,         # of the alignment
         hsic:str='width',              # scale of the redundancy: 'width', 'cka', 'none' (published)
         target_norm:str|None='batch',  # of the targets: 'batch' = each feature over the batch, 'layer' = parameter-free LayerNorm, None (published)
