@@ -300,19 +300,23 @@ def plot_methods(
     score: str = "linear",  # or 'knn'
     ax=None,  # of matplotlib; None: a new figure
 ):
-    "A group of bars per method at all labels: both baselines and the pre-trained encoder, with their intervals."
+    "A group of bars per method at all labels, one for each kind of features, with their intervals."
+    import textwrap
+
     import matplotlib.pyplot as plt
     import numpy as np
 
     full = table[table["labels"] == table["labels"].max()]
     methods, kinds = list(dict.fromkeys(full["method"])), list(dict.fromkeys(full["features"]))
-    ax = ax or plt.subplots(figsize=(1.5 + 1.6 * len(methods), 3), dpi=80, layout="constrained")[1]
+    width = 0.81 / len(kinds)
+    ax = ax or plt.subplots(figsize=(1.5 + (0.4 + 0.4 * len(kinds)) * len(methods), 3), dpi=80, layout="constrained")[1]
     for i, k in enumerate(kinds):
-        part = full[full["features"] == k].set_index("method").loc[methods]
+        part = full[full["features"] == k].set_index("method").reindex(methods)  # no bar where a method has no such features
         bars = np.abs(part[[f"{score} lo", f"{score} hi"]].to_numpy().T - part[score].to_numpy())
-        ax.bar(np.arange(len(methods)) + 0.27 * (i - 1), part[score], 0.25, yerr=np.where(np.isfinite(bars), bars, 0), capsize=3, label=k)
-    ax.set(xticks=range(len(methods)), xticklabels=methods, ylabel=score)
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
+        at = np.arange(len(methods)) + width * (i - (len(kinds) - 1) / 2)
+        ax.bar(at, part[score], 0.93 * width, yerr=np.where(np.isfinite(bars), bars, 0), capsize=3, label=k)
+    ax.set(xticks=range(len(methods)), xticklabels=[textwrap.fill(m, 16) for m in methods], ylabel=score)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 # %% ../nbs/64_compare.ipynb #ef38b908
