@@ -165,6 +165,21 @@ def told(source, name):
     return isinstance(node, ast.ClassDef) or bool(ast.get_docstring(node)), prop, kwargs and kwargs[1]
 
 
+def own_lines(source, name):
+    "The line of the source that each parameter of `name` (or field of a dataclass) stands on: nbdev joins lines without a comment."
+    defs = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    try:
+        node = next(n for n in ast.walk(ast.parse(textwrap.dedent(source))) if isinstance(n, defs) and n.name == name)
+    except (SyntaxError, StopIteration):
+        return {}
+    if isinstance(node, ast.ClassDef):
+        made = next((n for n in node.body if isinstance(n, defs) and n.name == "__init__"), None)
+        if made is None:
+            return {n.target.id: n.lineno for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+        node = made
+    return {n.arg: n.lineno for n in ast.walk(node.args) if isinstance(n, ast.arg)}
+
+
 def symbol(text, source="", prop=False):
     "What nbdev's `show_doc` says of a symbol: an anchor as its index names it, and the parameters as a table."
     text = re.sub(r"^---\n+", "", text)
@@ -176,7 +191,7 @@ def symbol(text, source="", prop=False):
     own, attribute, kwargs = told(source, found[1])
     about, _, rest = text[found.end() :].strip().partition("\n\n")  # one line of documentation before the signature
     about, rest = (re.sub(r"^\*(.*)\*$", r"\1", about, flags=re.S), rest) if own else ("", "")
-    shown = parameters(found, kwargs, prop or attribute)
+    shown = parameters(found, kwargs, prop or attribute, own_lines(source, found[1]))
     return "\n\n".join(t for t in (text[: found.start()].strip(), about, shown, rest) if t) + "\n"
 
 
@@ -207,7 +222,7 @@ def cell_text(text):
     return re.sub(r"`[^`]*`|\$[^$]*\$|\{", lambda m: "&#123;" if m[0] == "{" else m[0], text)
 
 
-def parameters(match, kwargs=None, prop=False):
+def parameters(match, kwargs=None, prop=False, at=None):
     """The signature in brief, then a table: nbdev shows the docments as comments, which get long. Parameters that share
     a line in the source share its comment, so they share a row."""
     name, body, returns, about = match.groups()
@@ -225,10 +240,12 @@ def parameters(match, kwargs=None, prop=False):
     for group, text in groups:
         group = [m for m in group if m["name"] not in "*/"]
         text = text or (kwargs if group and group[-1]["name"].startswith("**") else None)
-        for some in [group] if text and group else [[m] for m in group]:
+        line = (at or {}).get(group[-1]["name"].strip("*")) if group else None
+        together = [m for m in group if (at or {}).get(m["name"].strip("*")) == line] if text else []
+        for some in [[m] for m in group if m not in together] + [together] * bool(together):
             said = {m["type"]: "" for m in some if m["type"] not in (None, "NoneType")}  # None is only the default
             columns = [m["name"] for m in some], said, [m["default"] for m in some]
-            rows.append((*(", ".join(code_cell(o) for o in column if o) for column in columns), text))
+            rows.append((*(", ".join(code_cell(o) for o in column if o) for column in columns), text if some is together else None))
     if about:
         rows.append(("*returns*", code_cell(returns), "", about))
     if not any(row[3] for row in rows):

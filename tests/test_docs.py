@@ -31,6 +31,18 @@ def test_parameters_on_one_line_share_a_row(docs):
     ]
 
 
+def test_a_comment_belongs_to_its_own_line_of_the_source(docs):
+    "nbdev prints a parameter without a comment in front of the next one that has one."
+    source = "def run(\n    out, t:int, # folder\n    size:int,\n    a=1, b=2, # numbers\n): pass"
+    assert docs.own_lines(source, "run") == dict(out=2, t=2, size=3, a=4, b=4)
+    signature = "def run(\n    out, t:int, # folder\n    size:int, a=1, b=2, # numbers\n):"
+    found = docs.SIGNATURE.search(f"```python\n\n{signature}\n\n```")
+    rows = docs.parameters(found, at=docs.own_lines(source, "run")).splitlines()[-3:]
+    assert [r.split(" | ")[0] for r in rows] == ["| <code>out</code>, <code>t</code>", "| <code>size</code>", "| <code>a</code>, <code>b</code>"]
+    assert rows[1].endswith("|  |") and rows[2].endswith("numbers |")
+    assert docs.own_lines("class A:\n    x:float; y:float\n    angle:float # rad", "A") == dict(x=2, y=2, angle=3)
+
+
 def test_what_says_nothing_or_would_be_swallowed(docs):
     row = table(docs, "def f(\n    pick:NoneType=None, # a|b, e.g. {t: 3} or `{t: 3}`\n):")[-1]
     assert row == "| <code>pick</code> |  | <code>None</code> | a&#124;b, e.g. &#123;t: 3} or `{t: 3}` |"
