@@ -217,9 +217,9 @@ def split(code):
 
 
 def cell_text(text):
-    "A comment inside a Markdown table: no new column, and a closing {t: 3} is no list of attributes."
+    "A comment inside a Markdown table: no new column, a closing {t: 3} is no list of attributes, gh*side no emphasis."
     text = re.sub(r"\|", "&#124;", text or "")
-    return re.sub(r"`[^`]*`|\$[^$]*\$|\{", lambda m: "&#123;" if m[0] == "{" else m[0], text)
+    return re.sub(r"`[^`]*`|\$[^$]*\$|[{*]", lambda m: {"{": "&#123;", "*": "&#42;"}.get(m[0], m[0]), text)
 
 
 def parameters(match, kwargs=None, prop=False, at=None):

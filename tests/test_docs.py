@@ -48,6 +48,10 @@ def test_what_says_nothing_or_would_be_swallowed(docs):
     assert row == "| <code>pick</code> |  | <code>None</code> | a&#124;b, e.g. &#123;t: 3} or `{t: 3}` |"
 
 
+def test_products_are_no_emphasis(docs):
+    assert docs.cell_text("(B, gh*side, gw*side), `a*b*c`") == "(B, gh&#42;side, gw&#42;side), `a*b*c`"
+
+
 def test_commas_inside_stay(docs):
     assert docs.split("a:dict[str, int]={'x, y': 1}, b=\", \", *c") == ["a:dict[str, int]={'x, y': 1}", 'b=", "', "*c"]
 

@@ -536,7 +536,9 @@ def band_identity(
 def _balanced(true, said): return float(np.mean([(said[true == m] == m).mean() for m in np.unique(true)]))
 
 @patch
-def measures(self:RSDNet, store) -> dict: # `TileStore`
+def measures(self:RSDNet,
+    store,                   # `TileStore`
+) -> dict:                   # name -> number
     "What `rs-selfsup compare` asks: share of right answers of a linear probe for the band, from at most 200 tiles of each split"
     parts = [s for s in ('train', 'val', 'test') if len(store.split(s))]
     if len(parts) < 3 or len(self.encoder.looks()) < 2: return {}

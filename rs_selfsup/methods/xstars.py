@@ -563,7 +563,9 @@ def _places(model, store, split, names, n, bs):
     return [torch.cat(o) for o in zip(*parts)]
 
 @patch
-def measures(self:XSTARS, store) -> dict: # `TileStore`
+def measures(self:XSTARS,
+    store,                   # `TileStore`
+) -> dict:                   # name -> number
     "What `rs-selfsup compare` asks: how often the same place is found in another sensor, among at most 500 test tiles"
     if len(store.split('test')) < 2: return {}
     out = {}
