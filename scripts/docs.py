@@ -1,12 +1,12 @@
 """Build the documentation site into _docs: python scripts/docs.py
 
-nbdev processes the notebooks (hidden cells go, `show_doc` of every exported symbol comes), this script turns the
+nbdev processes the notebooks (hidden cells go, names become links), this script turns the
 results into Markdown with their stored outputs, adds API pages, and MkDocs makes the site. Every warning is an error.
 """
 
 import ast
 import base64
-import html
+import functools
 import json
 import os
 import posixpath
@@ -14,9 +14,9 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from importlib import resources
 
+import docs_symbols
 import yaml
 from common import LIB, NBS, ROOT, notebooks, run, settings, tail
 
@@ -139,132 +139,42 @@ def output_markdown(output, page, picture):
     return fence(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text), "{ .text .nb-output }") if text.strip() else ""
 
 
-SIGNATURE = re.compile(r"```python\n+(?:def|class) (\w+)\((?:\)|(.*?)\n\))(?:->(.*?))?:(?: # (.*?))?\n+```", re.S)
-PARAMETER = re.compile(r"(?P<name>\*{0,2}\w+|\*|/)(?::(?P<type>.*?))?(?:=(?P<default>.*))?", re.S)
-LINE = re.compile(r"\s*(?P<code>.*?),?(?: # (?P<about>.*))?")
+def module_symbols(cfg):
+    "Module file, from the top of the repository -> its symbols; classes know the parameters of their bases."
+    found = {f.relative_to(ROOT).as_posix(): docs_symbols.symbols(f.read_text(encoding="utf-8")) for f in sorted(LIB.rglob("*.py"))}
+    docs_symbols.inherit({s.name: s for module in found.values() for s in module.values()})
+    return found
 
 
-def documented(path):
-    "Symbol -> the processed cell that shows its documentation."
-    cells = json.loads((PROC / path.relative_to(NBS)).read_text(encoding="utf-8"))["cells"]
-    return {m[1]: c for c in cells if (m := re.search(r"^show_doc\(([\w.]+)", joined(c.get("source")), re.M))}
+def exported_to(cells):
+    "The module file that a notebook writes, or None."
+    for cell in cells:
+        if m := re.search(r"^#\|\s*default_exp\s+(\S+)", joined(cell["source"]), re.M):
+            return f"{LIB.name}/{m[1].replace('.', '/')}.py"
 
 
-def told(source, name):
-    """What the source says of the function or class `name` and nbdev does not: whether its documentation is its own (not a
-    base class's), whether it is a property, and the comment on **kwargs, which nbdev takes for that of the result."""
-    source, defs = textwrap.dedent(source), (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    try:
-        node = next(n for n in ast.walk(ast.parse(source)) if isinstance(n, defs) and n.name == name)
-    except (SyntaxError, StopIteration):
-        return True, False, None
-    made = next((n for n in ast.walk(node) if isinstance(n, defs) and n.name == "__init__"), node)
-    head = "\n".join(source.splitlines()[made.lineno - 1 : made.body[0].lineno])
-    kwargs = re.search(r"^[^#\n]*\*\*\w+,?\s*# ?(.+)$", head, re.M)
-    prop = any(ast.unparse(d) in ("property", "patch(as_prop=True)") for d in node.decorator_list)
-    return isinstance(node, ast.ClassDef) or bool(ast.get_docstring(node)), prop, kwargs and kwargs[1]
-
-
-def own_lines(source, name):
-    "The line of the source that each parameter of `name` (or field of a dataclass) stands on: nbdev joins lines without a comment."
-    defs = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    try:
-        node = next(n for n in ast.walk(ast.parse(textwrap.dedent(source))) if isinstance(n, defs) and n.name == name)
-    except (SyntaxError, StopIteration):
-        return {}
-    if isinstance(node, ast.ClassDef):
-        made = next((n for n in node.body if isinstance(n, defs) and n.name == "__init__"), None)
-        if made is None:
-            return {n.target.id: n.lineno for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
-        node = made
-    return {n.arg: n.lineno for n in ast.walk(node.args) if isinstance(n, ast.arg)}
-
-
-def symbol(text, source="", prop=False):
-    "What nbdev's `show_doc` says of a symbol: an anchor as its index names it, and the parameters as a table."
-    text = re.sub(r"^---\n+", "", text)
-    text = re.sub(r"(\[source\]\([^)]*\))\{[^}]*\}", r"\1{ .nb-source-link }", text)
-    text = re.sub(r"^(#+) (\S+)$", lambda m: api_heading(m[1], m[2]), text, count=1, flags=re.M)
-    text = text.replace("*Call self as a function.*", "")
-    if not (found := SIGNATURE.search(text)):
-        return text
-    own, attribute, kwargs = told(source, found[1])
-    about, _, rest = text[found.end() :].strip().partition("\n\n")  # one line of documentation before the signature
-    about, rest = (re.sub(r"^\*(.*)\*$", r"\1", about, flags=re.S), rest) if own else ("", "")
-    shown = parameters(found, kwargs, prop or attribute, own_lines(source, found[1]))
-    return "\n\n".join(t for t in (text[: found.start()].strip(), about, shown, rest) if t) + "\n"
-
-
-def code_cell(text):
-    "A short piece of code inside a Markdown table."
-    return f"<code>{html.escape(text).replace('|', '&#124;')}</code>" if text else ""
-
-
-def split(code):
-    "The parameters on one line: at the commas outside of brackets and strings."
-    depth, quote, start, out = 0, "", 0, []
-    for i, c in enumerate(code):
-        if quote:
-            quote = "" if c == quote else quote
-        elif c in "'\"":
-            quote = c
-        elif c == "," and not depth:
-            out.append(code[start:i].strip())
-            start = i + 1
-        else:
-            depth += (c in "([{<") - (c in ")]}>")
-    return [p for p in [*out, code[start:].strip()] if p]
-
-
-def cell_text(text):
-    "A comment inside a Markdown table: no new column, a closing {t: 3} is no list of attributes, gh*side no emphasis."
-    text = re.sub(r"\|", "&#124;", text or "")
-    return re.sub(r"`[^`]*`|\$[^$]*\$|[{*]", lambda m: {"{": "&#123;", "*": "&#42;"}.get(m[0], m[0]), text)
-
-
-def parameters(match, kwargs=None, prop=False, at=None):
-    """The signature in brief, then a table: nbdev shows the docments as comments, which get long. Parameters that share
-    a line in the source share its comment, so they share a row."""
-    name, body, returns, about = match.groups()
-    body = re.sub(r"np\.(?:float|int)\d+\(([^()]*)\)", r"\1", body or "")  # a number, however numpy writes it
-    lines = [LINE.fullmatch(line) for line in body.splitlines() if line.strip()]
-    groups = [([PARAMETER.fullmatch(p) for p in split(line["code"])], line["about"]) for line in lines]
-    found = [m for group, _ in groups for m in group]
-    if not all(found):
-        return re.sub(r"\[(`[^`]+`)\]\([^)]*\)", r"\1", match.group())  # no links in code
-    about = None if kwargs and about == kwargs else about
-    brief = [m["name"] + (f"={m['default']}" if m["default"] else "") for m in found]
-    head = name if prop else f"{name}({', '.join(brief)})"
-    head += f" -> {returns}" if returns and returns != "None" else ""
-    rows = []
-    for group, text in groups:
-        group = [m for m in group if m["name"] not in "*/"]
-        text = text or (kwargs if group and group[-1]["name"].startswith("**") else None)
-        line = (at or {}).get(group[-1]["name"].strip("*")) if group else None
-        together = [m for m in group if (at or {}).get(m["name"].strip("*")) == line] if text else []
-        for some in [[m] for m in group if m not in together] + [together] * bool(together):
-            said = {m["type"]: "" for m in some if m["type"] not in (None, "NoneType")}  # None is only the default
-            columns = [m["name"] for m in some], said, [m["default"] for m in some]
-            rows.append((*(", ".join(code_cell(o) for o in column if o) for column in columns), text if some is together else None))
-    if about:
-        rows.append(("*returns*", code_cell(returns), "", about))
-    if not any(row[3] for row in rows):
-        return fence(head, "{ .python .signature }")
-    lines = ["| | type | default | |", "|---|---|---|---|"]
-    lines += [f"| {who} | {kind} | {default} | {cell_text(text)} |" for who, kind, default, text in rows]
-    return fence(head, "{ .python .signature }") + "\n\n" + "\n".join(lines)
-
-
-def defined(source):
-    "Names of the functions, classes and patched methods that a cell defines."
-    from nbdev.doclinks import patch_name
-
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:
+def shown_here(cell, module):
+    "The public symbols that an exported cell defines itself, as its module has them."
+    source = joined(cell["source"])
+    if cell["cell_type"] != "code" or not re.search(r"^#\|\s*exports?\b", source, re.M):
         return []
-    names = [patch_name(n) for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)]
-    return [n for group in names for n in (group if isinstance(group, list) else [group])]
+    names = [s.name for s in docs_symbols.symbols(source).values() if not s.member]
+    public = [n for n in names if all(part[0] != "_" or part == "__call__" for part in n.split("."))]
+    return [module[n] for n in public if n in module]
+
+
+def entry(s, file, cfg, level, title=None):
+    "Markdown of one symbol."
+    title = api_heading("#" * level, title or s.name)
+    return docs_symbols.markdown(s, title, f"{cfg['git_url']}/blob/{cfg['branch']}/{file}#L{s.line}", linkify())
+
+
+@functools.cache
+def linkify():
+    "nbdev's own rule: `name` in backticks becomes a link to the page that shows it."
+    from nbdev.doclinks import NbdevLookup
+
+    return NbdevLookup().linkify
 
 
 def only_imports(code):
@@ -274,16 +184,16 @@ def only_imports(code):
         return False
 
 
-def page_markdown(path, cfg, pages):
+def page_markdown(path, cfg, pages, modules):
     """The page of one notebook, in the notebook's order.
 
-    A cell that nbdev kept comes as nbdev left it, an exported one as what `show_doc` says of it, and its source.
+    A cell that nbdev kept comes as nbdev left it, an exported one as the docments of what it defines, and its source.
     """
     page, folder = page_of(path), path.parent.relative_to(ROOT).as_posix()
     original = json.loads(path.read_text(encoding="utf-8"))["cells"]
     processed = json.loads((PROC / path.relative_to(NBS)).read_text(encoding="utf-8"))["cells"]
     kept = {c["id"]: c for c in processed if "id" in c and c.get("source") is not None}
-    docs = documented(path)
+    file = exported_to(original)
     parts, pictures, heading = [], 0, ""
 
     def picture(content, suffix):
@@ -315,67 +225,51 @@ def page_markdown(path, cfg, pages):
         elif cell["cell_type"] != "code" or re.search(r"^#\|\s*(hide|default_exp)\b", source, re.M):
             continue
         elif re.search(r"^#\|\s*exports?\b", source, re.M):
-            every = defined(code)
-            names = [n for n in every if n in docs]
-            put(*(symbol(text, code) for n in names for text in outputs(docs[n])))
-            if names or (every and all(n.rpartition(".")[2].startswith("_") for n in every)):
+            here = shown_here(cell, modules.get(file, {}))
+            put(*(entry(one, file, cfg, 4 if "." in one.name else 3) for one in here))
+            names = docs_symbols.symbols(code)
+            if here or (names and all(n.rpartition(".")[2].startswith("_") for n in names)):
                 unfolded = fence(code, "python").splitlines()
                 put('??? quote "Source"\n\n' + "\n".join("    " + line for line in unfolded))
             elif code and not only_imports(code):
                 put(fence(code, "python"))
         elif now:
-            by_hand = re.search(r"^show_doc\(", code, re.M)
-            if not by_hand and not re.search(r"^#\|\s*(echo:\s*false|hide_input)", joined(now["source"]), re.M):
+            if not re.search(r"^#\|\s*(echo:\s*false|hide_input)", joined(now["source"]), re.M):
                 put(fence(re.sub(r"^#\|.*\n?", "", joined(now["source"]), flags=re.M).strip(), "python"))
-            put(*(symbol(t) if by_hand else t for t in outputs(now)))
+            put(*outputs(now))
     return "\n\n".join(parts) + "\n"
 
 
 # -- API pages --------------------
-def api_pages(cfg, pages):
+HOOK = re.compile(r"\.(before|after)_\w+$")  # of a callback: fastai calls them
+
+
+def api_pages(cfg, pages, modules):
     "A page per module: what it exports, with docments and the notebook that explains it. Returns navigation."
     import importlib
-    import inspect
 
-    from nbdev.showdoc import show_doc
-
-    nav, lines = [], ["# API", "", "Every public name, by module. The notebooks explain and test them.", ""]
-    for file in sorted(LIB.rglob("*.py")):
-        module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-        head = re.search(r"^# %% (\S+\.ipynb) #", file.read_text(encoding="utf-8"), re.M)
-        if file.name.startswith("_") or not head:
+    nav, lines = [], ["# API", "", "The modules and the first of their names; each page has them all. The notebooks explain and test them.", ""]
+    for file, found in modules.items():
+        source = (ROOT / file).read_text(encoding="utf-8")
+        head = re.search(r"^# %% (\S+\.ipynb) #", source, re.M)
+        if posixpath.basename(file).startswith("_") or not head:
             continue
-        book = (file.parent / head[1]).resolve()
+        module = file.removesuffix(".py").replace("/", ".")
+        book = ((ROOT / file).parent / head[1]).resolve()
         mod = importlib.import_module(module)
         page = f"api/{module.removeprefix(cfg['lib_name'] + '.')}.md"
         about = joined(mod.__doc__).strip().splitlines()[0] if mod.__doc__ else ""
         text = [f"# `{module}`", about]
         if book.exists():
             text.append(f"Explained and tested in [{book.name}]({relative(page_of(book), page)}).")
-        constants, names = [], list(getattr(mod, "__all__", []))
-        for name in names:
-            obj = getattr(mod, name)
-            if inspect.isclass(obj) or inspect.isfunction(obj):
-                text.append(api_entry(show_doc(obj, title_level=2), name, obj))
-                members = vars(obj).items() if inspect.isclass(obj) else []
-                for m, member in members:
-                    method = getattr(member, "__func__", getattr(member, "fget", member))
-                    if (
-                        inspect.isfunction(method)
-                        and (m[0] != "_" or m == "__call__")
-                        and method.__module__.startswith(cfg["lib_name"])
-                    ):
-                        entry = api_entry(show_doc(method, title_level=3), f"{name}.{m}", method, isinstance(member, property))
-                        text.append(entry)
-            else:
-                value = re.sub(r" at 0x[0-9a-f]+", "", repr(obj)).replace("\n", " ")
-                value = html.escape(value[:90] + ("…" if len(value) > 90 else "")).replace("|", "&#124;")
-                constants.append(f"| `{name}` | {html.escape(type(obj).__name__)} | <code>{value}</code> |")
-        if constants:
-            text += [
-                "## Values",
-                "\n".join(["| name | type | value |", "|---|---|---|", *constants]),
-            ]
+        names = list(getattr(mod, "__all__", []))
+        for name in (n for n in names if n in found):
+            text.append(entry(found[name], file, cfg, 2))
+            members = [s for n, s in found.items() if n.startswith(name + ".") and (n.rpartition(".")[2][0] != "_" or n.endswith("__call__"))]
+            text += [entry(s, file, cfg, 3) for s in members if s.doc or s.note or not HOOK.search(s.name)]
+        values = list(constants([n for n in names if n not in found], mod, source))
+        if values:
+            text += ["## Values", "\n".join(["| | value | |", "|---|---|---|", *values])]
         write(page, relink("\n\n".join(text) + "\n", page, "nbs", cfg, pages))
         nav.append({page.removeprefix("api/").removesuffix(".md"): page})
         shown = ", ".join(f"`{n}`" for n in names[:8]) + (", …" if len(names) > 8 else "")
@@ -384,26 +278,23 @@ def api_pages(cfg, pages):
     return ["api/index.md", *nav]
 
 
+def constants(names, mod, source):
+    "A row per value: all keys of a dictionary, what else there is in brief, and the comment beside it."
+    for name in names:
+        value, said = getattr(mod, name), re.search(rf"^{name}\s*=[^#\n]*#\s*(.+)$", source, re.M)
+        if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+            text = "keys: " + ", ".join(docs_symbols.code(k) for k in value)
+        else:
+            text = re.sub(r" at 0x[0-9a-f]+", "", repr(value)).replace("\n", " ")
+            text = docs_symbols.code(text[:200] + ("…" if len(text) > 200 else ""))
+        yield f"| `{name}` | {text} | {docs_symbols.prose(said[1]) if said else ''} |"
+
+
 def api_heading(marks, name):
     "A symbol's heading with its name as anchor; the underscores of __iter__ are no emphasis, and such an anchor cannot be written."
     if "__" in name:
         return f"{marks} {name.replace('_', chr(92) + '_')} {{ .api }}"
     return f"{marks} {name} {{ #{name.lower()} .api }}"
-
-
-def api_entry(shown, name, obj, prop=False):
-    "What nbdev shows of one symbol, with its name in full and the first paragraphs of its documentation."
-    import inspect
-
-    try:
-        source = inspect.getsource(obj)
-    except (OSError, TypeError):
-        source = ""
-    shown = shown._repr_markdown_().replace("def <lambda>(", f"def {name.rpartition('.')[2]}(")
-    text = symbol(shown, source, prop)
-    return re.sub(
-        r"^(#+) \S+ \{ (?:#\S+ )?\.api \}", lambda m: api_heading(m[1], name), text, count=1, flags=re.M
-    )
 
 
 # -- the site --------------------
@@ -477,10 +368,14 @@ def main():
         sys.exit("docs: two notebooks would be the same page (names differ in their number only)")
     for source, page in ABOUT.items():
         write(page, relink((ROOT / source).read_text(encoding="utf-8"), page, "", cfg, pages))
-    SHOWN.update({page_of(b): {name.lower() for name in documented(b)} for b in books})
+    modules = module_symbols(cfg)
     for book in books:
-        write(page_of(book), page_markdown(book, cfg, pages))
-    api = api_pages(cfg, pages)
+        cells = json.loads(book.read_text(encoding="utf-8"))["cells"]
+        found = modules.get(exported_to(cells), {})
+        SHOWN[page_of(book)] = {s.name.lower() for c in cells for s in shown_here(c, found)}
+    for book in books:
+        write(page_of(book), page_markdown(book, cfg, pages, modules))
+    api = api_pages(cfg, pages, modules)
     write("assets/site.css", (ROOT / "scripts" / "site.css").read_text(encoding="utf-8"))
     math_font()
     config = {

@@ -1,10 +1,9 @@
 """nbdev's processing of the notebooks for the documentation: run by docs.py, two processes, only what changed.
 
-Like `nbdev_proc_nbs`, but without Quarto (which that fetches), and `show_doc` looks at the exported module. nbdev would run
-the notebook's exported cells and every cell that holds an import, tests with all their needs among them.
+Like `nbdev_proc_nbs`, but without Quarto (which that fetches), and without its `show_doc` cells: docs_symbols.py reads
+the docments from the source. nbdev would run every cell that holds an import, tests with all their needs among them.
 """
 
-import importlib
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -15,31 +14,12 @@ import nbdev.processors as processors
 from nbdev.serve_drv import exec_nb
 
 
-def calls_show_doc(cell):
-    "The only cells to run."
-    code = cell.cell_type == "code" and cell.source and processors.cell_lang(cell) == "python"
-    return bool(code and processors._show_docs(cell.parsed_() or []))
-
-
-class FromModule(processors.exec_show_docs):
-    "`show_doc` with the names of the exported module."
-
-    def begin(self):
-        super().begin()
-        if module := processors._default_exp(self.nb):
-            package = processors.get_config().lib_name
-            self.k.user_ns.update(vars(importlib.import_module(f"{package}.{module}")))
-            self.k.run_cell("from nbdev.showdoc import show_doc")
-
-
 class Processors(processors.FilterDefaults):
-    "nbdev's processors, with ours in place of the one that runs cells."
+    "nbdev's processors but for those that run code."
 
     def base_procs(self):
-        return [FromModule if p is processors.exec_show_docs else p for p in super().base_procs()]
-
-
-processors._do_eval = calls_show_doc
+        run = processors.add_show_docs, processors.exec_show_docs, processors.clean_show_doc
+        return [p for p in super().base_procs() if p not in run]
 
 
 def process(job):
