@@ -75,7 +75,7 @@ def from_map(
     y:Tensor,                # (B, D, h, w)
     layout:str,              # 'NCHW', 'NHWC' or 'NLC'
 ) -> Tensor:                 # in that layout
-    "The way back"
+    "A map in the layout of the timm model, which undoes `as_map`"
     return y.flatten(2).transpose(1, 2) if layout == 'NLC' else y.permute(0, 2, 3, 1) if layout == 'NHWC' else y
 
 # %% ../nbs/41_backbones.ipynb #00000007
@@ -140,7 +140,7 @@ def adapt(self:Backbone,
     weight:Tensor,           # (D, C, k, k) of a first convolution, C = 3: red, green, blue
     bias:Tensor|None=None,   # (D,)
 ):
-    "Set every first convolution after another one"
+    "Set every first convolution from the weights of another"
     for m, conv in self.switch.convs.items():
         conv.weight.data.copy_(first_weight(weight.detach(), conv.in_channels, self.modalities.get(m) if not self.channels else None))
         if bias is not None: conv.bias.data.copy_(bias.detach())
@@ -209,7 +209,7 @@ def feature_map(self:Backbone,
     return as_map(y, self.layout, grid, self.prefix)
 
 @patch
-def forward(self:Backbone, x:Tensor, mod:str) -> Tensor: # -> (B, D)
+def forward(self:Backbone, x:Tensor, mod:str) -> Tensor: # (B, D)
     "The mean of the map"
     return self.feature_map(x, mod).mean((2, 3))
 

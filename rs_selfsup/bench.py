@@ -271,7 +271,7 @@ def tiny_learner(
     seed: int = 0,  # of the trial
     workers: int = 0,  # processes that read tiles
 ):
-    "A Learner on embedded scenes: the demo's on the CPU, a ViT-S on a GPU."
+    "A Learner on generated scenes: the demo's on the CPU, a ViT-S on a GPU."
     from rs_selfsup.compare import make_learner
     from rs_selfsup.demo import DemoSettings, make_store
 

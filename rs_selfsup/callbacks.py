@@ -552,14 +552,14 @@ def feature_health(
 class CollapseWarning(UserWarning): "Features have lost their spread or their dimensions"
 
 class CollapseMonitor(Own):
-    "Measures features of a fixed sample, names a collapse"
+    "Measures features of a fixed sample, warns of a collapse"
     order, columns = 40, ('spread', 'rank')
     def __init__(self,
         every:int|None=None,       # steps between measurements; None = about 1 % of the time, at least 50
         n:int=64,                  # samples, from the validation set
         which:str='encoder',       # or 'teacher'
-        spread:tuple=(.005, .05),  # complete below this, or below this share of the best seen
-        rank:tuple=(1.25, .15),    # dimensional below this, or when rank - 1 is below this share of the best seen
+        spread:tuple=(.005, .05),  # complete collapse: the spread is below the first, or below the second as a share of the best seen
+        rank:tuple=(1.25, .15),    # dimensional collapse: the rank is below the first, or rank - 1 below the second as a share of the best seen
     ): self.interval, self.n_samples, self.which, self.limits, self.sample = every, n, which, (spread, rank), None
     def before_fit(self):
         self.history, self.kinds, self.named, self.last, self.sample = [], [], set(), -1, None
@@ -714,7 +714,7 @@ def atomic_save(
     obj,        # what torch can save
     path:Path,  # in a folder that exists
 ):
-    "All of it or nothing, also when the machine stops"
+    "Save with torch: the whole file or none, also when the machine stops"
     tmp = path.with_name(f'.{path.name}.tmp')
     with open(tmp, 'wb') as f: torch.save(obj, f); f.flush(); os.fsync(f.fileno())
     os.replace(tmp, path)

@@ -104,7 +104,7 @@ def _command(commands, name, call, about, example):
 
 # %% ../nbs/95_cli.ipynb #00000010
 def synth(args):
-    "`rs-selfsup synth`"
+    "`rs-selfsup synth`: write generated scenes. `args`: as `build_parser` reads them, also below."
     from rs_selfsup.data.synthetic import write_scenes
 
     path = write_scenes(args.out, args.n_scenes, args.size_m, args.seed, tuple(args.modalities), workers=args.workers)
@@ -123,7 +123,7 @@ def _add_synth(commands):
 
 # %% ../nbs/95_cli.ipynb #00000011
 def build(args):
-    "`rs-selfsup build`"
+    "`rs-selfsup build`: cut scenes into a tile store."
     from rs_selfsup.data.rasters import load_scenes
     from rs_selfsup.data.tiles import build_store
 
@@ -185,7 +185,7 @@ CONFIG = ("store", "method", "encoder", "patch_size", "crop", "epochs", "bs", "l
 
 
 def pretrain(args):
-    "`rs-selfsup pretrain`"
+    "`rs-selfsup pretrain`: train an encoder on a store, into a folder."
     settings = args.settings if isinstance(args.settings, dict) else parse_settings(args.settings)
     config = {k: getattr(args, k) for k in CONFIG} | dict(settings=settings, store=str(args.store.resolve()))
     file = args.out / "config.json"
@@ -338,7 +338,7 @@ def load(
 
 # %% ../nbs/95_cli.ipynb #661713f5
 def embed(args):
-    "`rs-selfsup embed`"
+    "`rs-selfsup embed`: one vector per tile, as a table."
     import numpy as np
 
     from rs_selfsup.data.loading import eval_loader
@@ -367,7 +367,7 @@ def _add_embed(commands):
 
 # %% ../nbs/95_cli.ipynb #00000019
 def export(args):
-    "`rs-selfsup export`"
+    "`rs-selfsup export`: the encoder of a run as a file."
     from rs_selfsup.callbacks import load_weights, read_checkpoint
 
     c = read_checkpoint(args.run / "checkpoints")
@@ -386,7 +386,7 @@ def _add_export(commands):
 
 # %% ../nbs/95_cli.ipynb #00000018
 def probe(args):
-    "`rs-selfsup probe`"
+    "`rs-selfsup probe`: what a classifier can read off an encoder's features."
     import pandas as pd
 
     from rs_selfsup.data.tiles import TileStore
@@ -418,7 +418,7 @@ def _add_probe(commands):
 
 # %% ../nbs/95_cli.ipynb #000000f9
 def compare(args):
-    "`rs-selfsup compare`"
+    "`rs-selfsup compare`: several methods on the same tiles."
     import pandas as pd
 
     from rs_selfsup.compare import Trial
@@ -466,7 +466,7 @@ def _add_compare(commands):
     p.add_argument("--momentum", type=float, nargs=2, default=[0.99, 1.0], metavar=("FROM", "TO"), help="of the teacher")
     p.add_argument("--seeds", type=int, default=5, help="pre-trainings of each method")
     p.add_argument("--fractions", type=float, nargs="+", default=[10, 100], help="shares of the training labels in percent")
-    p.add_argument("--processes", type=int, default=1, help="pre-trainings at a time, each with one thread")
+    p.add_argument("--processes", type=int, default=1, help="pre-trainings at a time; with more than one, each has one thread")
     p.add_argument("--each", action="store_true", help="probe every modality alone as well")
     more = "settings for all (embed_dim=96) or for one name (cmid.block=16, full.weights.rec=0)"
     p.add_argument("--set", dest="settings", nargs="*", default=[], metavar="[METHOD.]NAME=VALUE", help=more)
@@ -483,7 +483,7 @@ def _add_bench(commands):
 
 
 def bench(args):
-    "`rs-selfsup bench`"
+    "`rs-selfsup bench`: measure speed and memory."
     from rs_selfsup.bench import run_benchmarks
 
     run_benchmarks(args.only, args.slow, args.repeats, args.out)
@@ -498,7 +498,7 @@ def _add_demo(commands):
 
 
 def demo(args):
-    "`rs-selfsup demo`"
+    "`rs-selfsup demo`: the whole road on generated scenes."
     from rs_selfsup.demo import run_demo
 
     run_demo(args.out, args.seeds, args.epochs)

@@ -121,7 +121,7 @@ def peak_memory() -> float:  # MiB
 
 
 def peak_rss() -> float:  # MiB
-    "Largest resident memory of this process; not `ru_maxrss` where it can be had otherwise: a process inherits that from its parent."
+    "Largest resident memory of this process, from /proc where there is one: `ru_maxrss` would count the parent's peak."
     try:
         with open("/proc/self/status") as f:
             return next(int(line.split()[1]) / 2**10 for line in f if line.startswith("VmHWM"))
@@ -357,7 +357,7 @@ def compare(
     base: Trial | None = None,  # what all have in common; None: the defaults
     own: dict | None = None,  # name -> settings of its own, added to those of `base`
     seeds: int = 5,  # trials of each method: seeds 0, 1, ...
-    processes: int = 1,  # trials at a time, each with one thread
+    processes: int = 1,  # trials at a time; with more than one, each has one thread
     progress: bool = True,  # show a bar
 ) -> pd.DataFrame:  # mean and interval per method, features and label share
     "Several methods, or variants of one, on the same tiles: `rows.csv`, `table.csv`, `measures.csv` and `compare.png` in `out`."

@@ -55,7 +55,7 @@ def make_store(
     workers: int = 1,  # processes
     progress: bool = True,  # show bars
 ) -> TileStore:
-    "Embedded scenes as a tile store."
+    "Generated scenes as a tile store."
     scenes = write_scenes(out / "scenes", s.n_scenes, s.size_m, seed=0, modalities=("rgb", "dsm"), workers=workers, progress=progress)
     return build_store(scenes, out / "store", tile=s.tile, splits=s.splits, block=s.size_m, workers=workers, progress=progress)
 

@@ -254,7 +254,7 @@ def probe(
     metric: str = "accuracy",  # or 'balanced_accuracy'
     k: int = 20,  # neighbours of the kNN score
     groups: np.ndarray | None = None,  # (n_test,) units of the bootstrap, rows of `test`
-    **kwargs,  # to `linear_probe`
+    **kwargs,  # to `probe`
 ) -> pd.DataFrame:
     "kNN and linear probe of one set of features: one row per label fraction."
     keep = test.label >= 0
@@ -340,7 +340,7 @@ def split_features(
 
 # %% ../nbs/62_evaluate.ipynb #b46143cf
 def probe_table(
-    encoder: nn.Module,  # a `MultiModalViT`
+    encoder: nn.Module,  # one of ours: `MultiModalViT`, `Backbone`, `BandEncoder`
     store,  # `TileStore` with labels in train, val and test
     normalize=None,  # `Normalize` the encoder was trained with; None: the store's own statistics
     fractions=(1.0,),  # of the training labels
@@ -351,7 +351,7 @@ def probe_table(
     bs: int = 64,  # tiles per batch
     progress: bool = False,  # show a bar
     name: str = "pre-trained",  # of the encoder's rows
-    **kwargs,  # to `linear_probe`
+    **kwargs,  # to `probe`
 ) -> pd.DataFrame:
     "Rows of `probe` for the encoder and both baselines, at every fraction and seed."
     names = _names(modality, encoder.modalities)

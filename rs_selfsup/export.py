@@ -207,7 +207,7 @@ def _network(h, mods, anchor) -> Backbone:
 def load_encoder(
     path,                    # a file written by `export_encoder`, for one modality or all
 ):                           # `MultiModalViT` or `Backbone` with .load_report, .stats, .config and .recipe (normalisation)
-    "The encoder in a file, ready for any image size."
+    "The encoder in a file, for any image size that the network can take."
     h, state = read_header(path), read_state(path)
     mods, a = {m: Modality.from_dict(d) for m, d in h['modalities'].items()}, h['anchor']
     sizes = {m: tuple(s) for m, s in h['sizes'].items()}

@@ -47,7 +47,7 @@ class Unit:
     hi:float # highest physical value
     about:str # one line for people
     slack:float=0. # share of values that may lie outside the limits
-    least:float|None=None # fractions all below this belong to another unit; None: not checked
+    least:float|None=None # values that are all fractions below this belong to another unit; None: not checked
 
 # %% ../nbs/00_modalities.ipynb #36d9b9d6
 UNITS = {u.name: u for u in (
@@ -115,9 +115,10 @@ class Modality:
     rgb = property(lambda self: rgb_bands(self), doc='Three band indices to show, or None')
 
     @classmethod
-    def from_dict(cls, d # as `to_dict` gives it
-                 ):
-        "The way back from `to_dict`"
+    def from_dict(cls,
+        d:dict # as `to_dict` gives it
+    ):
+        "A modality from what `to_dict` gave"
         check_keys(d, [f.name for f in dataclasses.fields(cls)], 'modality')
         return cls(**d)
 

@@ -233,7 +233,7 @@ def resume(self:PretrainLearner,
 
 # %% ../nbs/61_pretrain.ipynb #74b54911
 class MethodLearner(PretrainLearner):
-    "Builds its method by name and numbers; a subclass says which"
+    "Builds its method from an encoder's name and settings; a subclass says which"
     method_class = None
     def __init__(self,
         dls,                       # `dataloaders(store)`

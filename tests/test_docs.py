@@ -62,7 +62,10 @@ def test_only_annotations_are_types(names):
 
 
 def test_fields_show_what_their_factory_makes(names):
-    source = "@dataclass\nclass T:\n    x:float; y:float # m\n    kept:dict = field(default_factory=dict) # none\n    net:dict = field(default_factory=lambda: dict(depth=4))\n"
+    source = (
+        "@dataclass\nclass T:\n    x:float; y:float # m\n    kept:dict = field(default_factory=dict) # none\n"
+        "    net:dict = field(default_factory=lambda: dict(depth=4))\n"
+    )
     s = one(names, source)
     assert names.brief(s) == "T(x, y, kept={}, net=dict(depth=4))"
     assert rows(names, source)[0].startswith("| <code>x</code>, <code>y</code> | <code>float</code> |")
@@ -81,7 +84,10 @@ def test_patched_methods_belong_to_their_class(names):
 
 
 def test_members_properties_and_attributes(names):
-    source = "class A(B):\n    order = 3 # after the others\n    def __init__(self, x): pass\n    def _own(self): pass\n    n = property(lambda self: 1, doc='How many')\n    def train(self): pass"
+    source = (
+        "class A(B):\n    order = 3 # after the others\n    def __init__(self, x): pass\n    def _own(self): pass\n"
+        "    n = property(lambda self: 1, doc='How many')\n    def train(self): pass"
+    )
     found = names.symbols(source)
     assert list(found) == ["A", "A.n", "A.train"] and all(s.member for n, s in found.items() if "." in n)
     assert found["A.n"].doc == "How many" and names.brief(found["A.n"]) == "n"

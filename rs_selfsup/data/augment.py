@@ -184,7 +184,7 @@ def check_crop(sizes:dict, # modality -> (H, W) of its grid
                rot90:bool=True, # quarter turns wanted
                file=None # the store, for the message
               ) -> tuple: # (crop height, crop width, step) in pixels of the finest grid
-    "What a crop must be, or a `DataError`"
+    "Size and step of the crop; a `DataError` where it does not fit"
     (H, W), factors = grid_factors(sizes)
     common = math.lcm(*factors.values())
     h, w, step = crop or H, crop or W, math.lcm(common, snap or 1)
@@ -331,7 +331,7 @@ class Augment:
                  flips:bool=True, # mirror at random
                  rot90:bool=True, # turn by 0, 90, 180 or 270 degrees at random
                  scale:tuple=(1., 1.), # smallest and largest magnification; other than (1, 1): resampled
-                 photometric:bool=True, # change the light of optical modalities
+                 photometric:bool=True, # change the light (gain, shift), the dB of radar and the metres of heights; needs `normalize`
                  gain:float=.1, # optical: largest relative change of brightness
                  shift:float=.05, # optical: largest offset per band, in standard deviations
                  db:float=0., # radar: largest common offset in dB

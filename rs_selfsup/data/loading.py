@@ -296,7 +296,7 @@ def eval_loader(store, # `TileStore`, or the path of one
                 workers:int=0, # processes that read
                 device=None, # None: the GPU if there is one
                 targets:bool=False, # read dense targets too
-                ids=None # only these tiles of the split, in this order
+                ids=None # only these tiles, in this order; `split` is then not looked at
                ) -> TileLoader: # of `Batch`
     "All tiles of a split in order, without augmentation"
     store = _open_store(store)

@@ -251,7 +251,7 @@ def _together(hits, key):
 
 # %% ../../nbs/10_data.rasters.ipynb #fa767631
 def discover(d:dict, # the `discover` part of a scene file
-             root, # folder that its own root starts from
+             root, # folder that `d['root']` is relative to
              modalities:dict, # name -> `Modality`
              targets:dict, # name -> `TargetSpec`
              anchor:str, # must be there in every scene
@@ -500,12 +500,12 @@ def padded(self:Source, row, col, h, w): # anywhere: what is outside the file is
 def at(A:Affine, # pixel -> projection
        x, y # numbers or arrays
       ) -> tuple:
-    "Where a point goes"
+    "Apply an affine map to points"
     return A.a*x + A.b*y + A.c, A.d*x + A.e*y + A.f
 
 # %% ../../nbs/10_data.rasters.ipynb #58ab043e
 def after(A:Affine, B:Affine) -> Affine: # spelt out: the operator depends on the version of affine
-    "First B, then A"
+    "The affine map that applies B, then A"
     return Affine(A.a*B.a + A.b*B.d, A.a*B.b + A.b*B.e, A.a*B.c + A.b*B.f + A.c,
                   A.d*B.a + A.e*B.d, A.d*B.b + A.e*B.e, A.d*B.c + A.e*B.f + A.f)
 

@@ -722,7 +722,7 @@ def _labels(land) -> dict:
 
 # %% ../../nbs/12_data.synthetic.ipynb #00000069
 def make_scene(seed, # int or tuple of ints
-               size_m:float=256., # side of the scene, m, a multiple of 2
+               size_m:float=256., # side of the scene, m: a multiple of 2, at least 32
                modalities=tuple(GSD), # any of rgb, dsm, ms2, ms10, sar, rgb_t2
                collars:float=.25 # share of scenes with a nodata collar
               ) -> dict: # modality -> (bands, h, w), label -> (n, n), 'buildings' -> list, 'conditions'

@@ -706,7 +706,7 @@ def _thinning(side, n, most): # every how many rows and columns are counted, eve
 
 # %% ../../nbs/11_data.tiles.ipynb #0000004f
 def statistics(layout:Layout, # of the store
-               crew:list, # of `Cutter`
+               crew:list, # of `Worker` or `Local`, around a `Cutter`
                ids:np.ndarray, # tiles to look at
                full:dict, # modality -> (len(ids),) bool: every pixel is valid
                most:float=3e7 # count about this many pixels of each band at most, evenly spread
@@ -1226,7 +1226,7 @@ def stats(self:TileStore):
 # %% ../../nbs/11_data.tiles.ipynb #b74ba2ce
 @patch(as_prop=True)
 def report(self:TileStore):
-    "Property: what is in the store and what was left out, see report.md"
+    "Property: what is in the store and what was left out, see report.md in its folder"
     if self._report is None: self._report = self._json('report.json')
     return self._report
 

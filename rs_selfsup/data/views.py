@@ -34,7 +34,7 @@ def whole_window(
 def draw_window(
     key:Tensor, # (B,) int64 of `randomness.keys`
     view:int=0, # number of the view, 0..99: each has its own random numbers
-    area:tuple=(.3, 1.), # share of the tile's area, smallest and largest; CMID's
+    area:tuple=(.3, 1.), # share of the tile's area, smallest and largest (as in CMID)
     ratio:tuple=(3/4, 4/3), # height to width of the window, smallest and largest
     flips:bool=True, # mirror at random
     rot90:bool=True, # turn by quarters at random
@@ -81,7 +81,7 @@ def sample(
     k:Tensor, # (B,) from `halvings`
     most:int=0, # no `k` is larger; known without looking at the device
 ) -> Tensor: # (B, C, size, size)
-    "Bilinear samples of tiles averaged over blocks of 2**k pixels"
+    "Bilinear samples of tiles that were averaged over blocks of `2**k` x `2**k` pixels"
     grid = window.half, window.mid, window.transpose
     y = zoom(x, grid, (size, size))
     for i in range(1, most + 1):
@@ -143,7 +143,7 @@ def relight(
     db:float=0., # radar: largest common offset in dB
     metres:float=0., # height: largest offset in metres
 ) -> View: # the same
-    "Another light, where the sensor knows light"
+    "A photometric change, where the kind of sensor has one: light, dB, or metres above ground"
     const, images, key = normalize.const, view.images, mix(key + number)
     for i, (m, mod) in enumerate(normalize.modalities.items()):
         if m not in images or m in normalize.relief: continue
@@ -159,7 +159,7 @@ def blur(
     view:View, # changed in place
     key:Tensor, # (B,) int64
     number:int=0, # of the view: each has its own random numbers
-    sigma:tuple=(.1, 2.), # px of each modality's grid, smallest and largest; BYOL's
+    sigma:tuple=(.1, 2.), # px of each modality's grid, smallest and largest (as in BYOL)
     p:float=1., # share of the tiles that is blurred
     kinds:tuple=('optical',), # modality kinds it is done to, where `modalities` tells them
     modalities:dict|None=None, # name -> `Modality`; None = all are blurred
@@ -190,8 +190,8 @@ def multi_crop(
     size:int, # side of the global views, px of the finest grid
     n_local:int=0, # local views
     local_size:int|None=None, # their side; None = half of `size`
-    area:tuple=(.4, 1.), # of the global windows; DINO's
-    local_area:tuple=(.05, .4), # of the local windows; DINO's
+    area:tuple=(.4, 1.), # of the global windows (as in DINO)
+    local_area:tuple=(.05, .4), # of the local windows (as in DINO)
     n_global:int=2, # global views
     **kw # of `draw_window`
 ) -> list: # of `View`, the global ones first

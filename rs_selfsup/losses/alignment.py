@@ -88,7 +88,7 @@ def dense_infonce(
     b:Tensor, # (B, N, D) tokens of the other, same places
     valid:Tensor|None=None, # (B, N) bool, True where both modalities are real; None = everywhere
     temperature:float|Tensor=.07, # Of the softmax over cosines; a tensor may be learned
-    negatives:str='batch@position', # Or 'position@image' (published), or 'all'
+    negatives:str='batch@position', # The other keys: that place in other images; 'position@image' (MSSDF's): other places of the image; 'all'
     gather:bool=True, # Negatives from all ranks (False: this rank's batch alone)
     chunk:int=2**25, # Logits held at once; more are computed in pieces, twice
     targets:str='hard', # 'hard': the twin alone; 'soft': also what is alike in both modalities

@@ -19,7 +19,7 @@ def byol_loss(
     z:Tensor, # (..., D) projection of the target network, the other view; gets no gradient
     mask:Tensor|None=None, # (...) bool, True = counts; None = all
 )->Tensor: # Scalar, 0 (same direction) to 4 (opposite): mean over the counted rows of all ranks
-    "2-2cos between prediction and target"
+    "`2 - 2 cos`, of the angle between prediction and target"
     mask,p,z = counted(mask, p, z.detach())
     d = 2-2*(F.normalize(p, dim=-1)*F.normalize(z, dim=-1)).sum(-1)
     return global_mean(torch.where(mask, d, 0.).sum(), mask.sum())
@@ -126,7 +126,7 @@ def koleo(
     x:Tensor, # (B, D) features of one view, before the head
     mask:Tensor|None=None, # (B,) bool, samples that count; None = all
     gather:bool=True, # Neighbours from all ranks (False, published: this rank's batch alone)
-    eps:float=1e-3, # Added to the distance, bounds the gradient by 1/eps (published: 1e-8)
+    eps:float=1e-3, # Added to the distance, bounds the gradient by 1/eps (published with KoLeo: 1e-8)
 )->Tensor: # Scalar, falls as the samples spread; may be negative
     "Minus log distance to the nearest neighbour"
     pool = gather and world()>1

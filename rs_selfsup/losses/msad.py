@@ -17,7 +17,7 @@ def msad(
     negatives:str='batch@position', # Published. Or 'position@image', 'all'
     temperature:float|Tensor=.07, # Of the softmax over cosines; a tensor may be learned
     targets:str='hard', # 'hard': the twin alone; 'soft': also what is alike in both sensors
-    label_smoothing:float=0., # Share of the target spread over all keys (published .3)
+    label_smoothing:float=0., # Share of the target spread over all keys (published in X-STARS: .3)
     radius:int=0, # 'position@image' only: places at most so many cells away are no negatives
     grid:tuple|None=None, # (rows, columns) of the N places, for `radius`; None = square
     gather:bool=True, # Negatives from all ranks (False: this rank's batch alone)

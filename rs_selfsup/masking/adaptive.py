@@ -180,7 +180,7 @@ def block_mask(
     valid:Tensor|None=None, # (B, N) bool; None = all
     block:int=4, # Side of a block in tokens; at most half of the grid
 )->Tensor: # (B, N) bool, True = hidden; exactly int(ratio*n_valid) per row
-    "Hide whole blocks of tokens"
+    "Hide blocks of tokens, the last one in part"
     (gh,gw),dev = grid,noise.device
     if gh*gw!=noise.shape[1]: raise ValueError(f'the grid {gh} x {gw} does not have the {noise.shape[1]} tokens of the noise.')
     s = max(1, min(block, gh//2, gw//2))

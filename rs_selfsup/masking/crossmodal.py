@@ -45,8 +45,8 @@ def crossmodal_probability(
     epoch:int, # Epoch, 0-based
     start:float=.1, # p in the first epochs
     step:float=.1, # Added ...
-    every:int=10, # ... every so many epochs
-    end:float=.7, # Not beyond
+    every:int=10, # Epochs between two steps
+    end:float=.7, # Largest p
 )->float: # p of this epoch
     "The published schedule of p"
     return min(start+step*(epoch//every), end)

@@ -54,7 +54,7 @@ def to_pixels(
 def match_cells(
     a:Tensor,                    # (B, N, 2) row and column of the cells of view A in the tile, px: `cell_centres`
     b:Tensor,                    # (B, M, 2) of view B
-    n:int=20,                    # pairs kept, the closest; CMID's 20 of 49
+    n:int=20,                    # pairs kept, the closest; CMID keeps 20 of its 49 cells
     max_distance:float|None=None,# px: pairs farther apart do not count; None = all count
     ok_a:Tensor|None=None,       # (B, N) bool: cells that may be matched; None = all
     ok_b:Tensor|None=None,       # (B, M) bool
@@ -101,11 +101,11 @@ class CMID(Method):
         fft_weight:float=1.,           # of the frequency part of `rec`
         per_sample:bool=True,          # spectra of each picture; False (published): of the batch's mean picture
         global_loss:str='queue',       # 'queue' (published), 'in-batch' (no memory) or 'byol' (no negatives)
-        queue:int=4096,                # keys of earlier batches, at most a tenth of the tiles; published: 65,536
+        queue:int=4096,                # keys of earlier batches: about a tenth of the tiles, more than there are is an error; published: 65,536
         temperature:float=.2,          # of InfoNCE
         matches:int=20,                # pairs of cells per image and direction; fewer where there are fewer cells
         max_distance:float|None=None,  # px of the finest modality between matched cells; None = no limit
-        prototypes:int=2048,           # K
+        prototypes:int=2048,           # number of prototypes, K
         student_temp:float=.1,         # of the student's softmax over prototypes
         teacher_temp:tuple=(.04, .07), # of the teacher's: first epoch, and from `warmup_epochs` on
         warmup_epochs:int=50,          # over which the teacher's temperature rises
@@ -318,7 +318,7 @@ def create(cls:CMID,
     modality:str|None=None,  # build and train for this one alone; None = for all
     **settings               # of the method, the encoder and timm
 ) -> CMID:
-    "A method from names and numbers"
+    "A method from an encoder's name and settings"
     if modality and not isinstance(encoder, nn.Module):
         check_choice('modality', modality, tuple(modalities))
         modalities, anchor = {modality: modalities[modality]}, modality

@@ -103,7 +103,7 @@ def create(cls:Method,
     patch_size:int|None=None,# vision transformers: px of the anchor; None = the model's
     **settings               # of the method, the encoder and timm
 ) -> Method:
-    "A method from names and numbers"
+    "A method from an encoder's name and settings"
     own = _names(cls) - {'encoder', 'normalize'}
     kw = {k: v for k, v in settings.items() if k not in own}
     if isinstance(encoder, nn.Module):
@@ -115,6 +115,7 @@ def create(cls:Method,
         except DataError as e:
             wrong = re.search(r"unexpected keyword argument '(\w+)'", str(e))
             if not wrong: raise
+            if wrong[1] == 'patch_size': raise DataError(f'encoder {encoder!r} has no patches whose size could be set', fix='Leave patch_size out.') from e
             known = own | _names(MultiModalViT) | _names(Backbone) | _names(VisionTransformer)
             raise _unknown(wrong[1], known, f'{cls.__name__}, encoder {encoder!r} and timm', own) from e
     return cls(enc, normalize, **{k: v for k, v in settings.items() if k in own})
@@ -152,9 +153,9 @@ def check_weights(
 def check_choice(
     name:str,            # of the setting, for the message
     value,               # what was given
-    choices:tuple,       # what means something
+    choices:tuple,       # the values it may have
 ):
-    "Raise for a setting that means nothing"
+    "Raise where `value` is not one of `choices`"
     if value not in choices: raise DataError(f'unknown {name} {value!r}', fix=f'Choose one of {choices}.')
 
 def check_batch(

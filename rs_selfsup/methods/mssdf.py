@@ -112,7 +112,7 @@ class MSSDF(Method):
         mask_ratio:float=.75,          # share of the valid tokens that is hidden
         mask_per_modality:bool=False,  # own draw on own scores; False = one draw on the summed scores
         crossmodal:str='complementary',# 'complementary', 'literal' (published code) or None
-        crossmodal_p:dict=None,        # schedule of p; None = start .1, step .1 every 10 epochs, end .7
+        crossmodal_p:dict=None,        # schedule of the probability p; None = start .1, step .1 every 10 epochs, end .7
         fusion_depth:int=3,            # blocks; 0 = the decoder sees the visible tokens themselves
         decoder_depth:int=4,           # blocks, shared by all modalities
         decoder_dim:int|None=None,     # width of fusion and decoder; None = half the encoder's
@@ -157,7 +157,7 @@ def _build(self:MSSDF, D:int, H:int):
 def set_epoch(self:MSSDF,
     epoch:int,               # 0-based
 ):
-    "Sets p of the cross-modal masks."
+    "Sets the probability p of the cross-modal masks."
     self.p = crossmodal_probability(epoch, **self.crossmodal_p)
 
 # %% ../../nbs/50_methods.mssdf.ipynb #0000001d

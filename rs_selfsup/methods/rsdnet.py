@@ -153,7 +153,7 @@ def _channel(self:BandEncoder, x, c):
 # %% ../../nbs/52_methods.rsdnet.ipynb #083f174b
 def group_norm(
     net:nn.Module,               # changed in place
-    groups:int=32,               # at most; the largest divisor of the width that divides it
+    groups:int=32,               # at most; the greatest common divisor with the width is taken
 ):
     "Every BatchNorm becomes a GroupNorm with its scale, shift and activation"
     for name, old in list(net.named_modules()):

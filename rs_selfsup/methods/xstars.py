@@ -68,7 +68,7 @@ def meet(
     seen:Looked,             # one sensor's places
     to:tuple,                # (gh, gw) of the common grid
 ) -> tuple:                  # (B, N', D), (B, N') bool or None
-    "Places on a coarser grid: the mean of what is real there, and where that is half of the ground"
+    "Places on a coarser grid: the mean of what is real there, and whether that is at least half of the cell"
     if tuple(seen.grid) == tuple(to): return seen.places, seen.real
     if seen.real is None: return area_pool(seen.places, seen.grid, to), None
     share = area_pool(seen.real[..., None].float(), seen.grid, to)
@@ -140,7 +140,7 @@ class XSTARS(Method):
         temperature:float=.07,         # of the MSAD softmax over cosines
         learn_temperature:bool=False,  # start there and learn it, never below 1/100
         negatives:str='batch@position',# of MSAD (published); or 'position@image', 'all'
-        targets:str='hard',            # of MSAD: 'hard', or 'soft' (published, where it has no effect)
+        targets:str='hard',            # of MSAD: 'hard', or 'soft' (in the released code, which gives it no effect)
         label_smoothing:float=0.,      # of MSAD; published: .3
         radius:int=0,                  # 'position@image' only: places so near are no negatives
         include_cls:bool=False,        # the class token is one more place (published)
