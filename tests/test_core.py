@@ -215,6 +215,8 @@ def test_settings_that_would_vanish():
             Toy.create(enc, MODS, "rgb", None, **kw)
     with pytest.raises(DataError, match="unknown setting 'qqq'.*Settings of the method: extra, scale, weights"):
         Child.create("test_resnet", MODS, "rgb", None, qqq=1)
+    with pytest.raises(DataError, match="'test_resnet' has no patches whose size could be set. Leave patch_size out"):
+        Child.create("test_resnet", MODS, "rgb", None, patch_size=8)
     with pytest.raises(
         DataError, match="no encoder named 'vit_tiny_patch16'"
     ):  # an error of another kind stays what it is
