@@ -99,7 +99,7 @@ class Backbone(nn.Module):
     def __init__(self,
         name:str,                    # timm name
         modalities:dict,             # name -> `Modality`
-        anchor:str,                  # the modality whose pixels count the stride
+        anchor:str,                  # the modality in whose pixels the stride is given
         pretrained:bool=False,       # timm's weights; first convolutions follow by band
         channels:int|None=None,      # one first convolution with so many channels for all modalities; None = one each, for its bands
         mask_at:str|None=None,       # module behind which the mask token is added; None = the end of the stem
@@ -274,7 +274,7 @@ def is_plain_vit(
 def create_encoder(
     name,                        # timm name, or an encoder, which is handed through
     modalities:dict,             # name -> `Modality`
-    anchor:str,                  # the modality whose pixels count
+    anchor:str,                  # the modality in whose pixels sizes are given
     patch_size:int|None=None,    # vision transformers: px of the anchor; None = the model's
     **kw                         # of `MultiModalViT` or `Backbone`, and timm
 ) -> nn.Module:                  # `MultiModalViT` or `Backbone`

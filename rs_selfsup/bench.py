@@ -34,7 +34,7 @@ class Row:
     value: float  # the figure
     target: float | None = None  # what it should reach
     sense: str = "min"  # 'min': at least the target; 'max': at most
-    unit: str = "x"
+    unit: str = "x"  # printed behind the value
     note: str = ""  # the parts it was made from
 
     @property

@@ -30,9 +30,9 @@ OWN = dict(
 
 
 def method_learner(
-    store: TileStore,
+    store: TileStore,  # of `method_store`
     method: str,  # key of `OWN`
-    seed: int = 0,
+    seed: int = 0,  # of the weights
 ):
     "A Learner of a method on the demo's tiles."
     from rs_selfsup.compare import make_learner
@@ -44,7 +44,7 @@ def method_learner(
 
 def method_store(
     folder: Path,  # for scenes and store
-    n_scenes: int = 8,
+    n_scenes: int = 8,  # of 256 m
 ) -> TileStore:
     "Generated scenes of which every tile is for training."
     from rs_selfsup.demo import DemoSettings, make_store
@@ -202,9 +202,9 @@ def bench_lightly(
 # %% ../nbs/97_bench_methods.ipynb #3a0253d2
 def bench_msad(
     repeats: int = 5,  # pairs
-    batch: int = 12,
-    places: int = 197,
-    sensors: int = 3,
+    batch: int = 12,  # images
+    places: int = 197,  # tokens of an image
+    sensors: int = 3,  # every pair of them is compared
     widths=(64, 256),  # of the projection, a row for each
 ) -> list[Row]:
     "All places at once against the published loop over them, forward and backward."

@@ -63,7 +63,7 @@ def splits_with_tiles(
 # %% ../nbs/64_compare.ipynb #b9466e0c
 def make_learner(
     store,  # `TileStore`
-    t: Trial,
+    t: Trial,  # what is asked for
 ):
     "The Learner of a trial."
     if t.method not in LEARNERS:
@@ -74,7 +74,7 @@ def make_learner(
 # %% ../nbs/64_compare.ipynb #0000000a
 def epochs_in(
     minutes: float,  # for the training steps
-    seconds_per_step: float,
+    seconds_per_step: float,  # as measured
     steps: int,  # per epoch
 ) -> int:
     "Whole epochs that fit, at least one."
@@ -102,7 +102,7 @@ def seconds_per_step(
 # %% ../nbs/64_compare.ipynb #00000010
 def finished(
     out: Path,  # folder of the trial; made if it is not there
-    t: Trial,
+    t: Trial,  # what is asked for
 ) -> bool:
     "Are the rows of this very trial there? Another trial's are an error."
     file, now = out / "trial.json", json.loads(json.dumps(asdict(t)))
@@ -133,7 +133,7 @@ def peak_rss() -> float:  # MiB
 # %% ../nbs/64_compare.ipynb #61ec4c1d
 def leave_files(
     learn,  # trained Learner
-    out: Path,  # folder of the trial, with the log in `run`
+    out: Path,  # folder of the trial, with the log in its folder run
 ):
     "Encoder, pictures of features and curves."
     import matplotlib
@@ -151,7 +151,7 @@ PROBE = dict(draws=0, Cs=(1e-3, 1e-2, 1e-1, 1.0, 10.0), max_iter=100)
 
 def train_and_read(
     learn,  # fresh Learner
-    t: Trial,
+    t: Trial,  # what is asked for
     out: Path,  # folder of the trial; an interrupted training goes on
     shared=None,  # a shared number for a progress bar: grows by 1 until the end
 ) -> dict:  # name -> train, val and test `Features`
@@ -199,10 +199,10 @@ MEASURES = ["method", "seed", "measure", "when", "value"]
 def run_trial(
     store_path: Path,  # folder of a `TileStore`
     out: Path,  # folder of this trial
-    t: Trial,
+    t: Trial,  # what is asked for
     shared=None,  # a shared number for a progress bar: grows by 1 per trial
     threads: int | None = 1,  # of torch; None: as they are
-) -> pd.DataFrame:  # rows of `probe`, with method, seconds, memory
+) -> pd.DataFrame:  # rows of `evaluate.probe`, with method, seconds, memory
     "Pre-train and probe; a finished trial is read and not run again."
     if finished(out, t): return pd.read_csv(out / "rows.csv")
     if threads: torch.set_num_threads(threads)
@@ -225,7 +225,7 @@ def run_trial(
 
 # %% ../nbs/64_compare.ipynb #00000013
 def run_trials(
-    store: TileStore,
+    store: TileStore,  # with labels in train, val and test
     out: Path,  # folder; a trial gets `method_seed` in it
     trials: list,  # of `Trial`
     processes: int = 1,  # at a time
@@ -334,10 +334,10 @@ OF_TRIAL = "patch_size", "bs", "lr", "momentum", "encoder", "crop"  # settings t
 
 
 def own_trial(
-    base: Trial,
+    base: Trial,  # what all have in common
     name: str,  # in the table
     method: str,  # key of `pretrain.LEARNERS`
-    seed: int,
+    seed: int,  # of the trial
     own: dict,  # settings of this name alone; 'weights.rec' is one of the weights
 ) -> Trial:
     "A trial of one method or variant."

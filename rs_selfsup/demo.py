@@ -26,7 +26,7 @@ from .evaluate import plot_table, summarize
 @dataclass
 class DemoSettings:
     "Sizes of the demo, for two CPU cores."
-    n_scenes: int = 40
+    n_scenes: int = 40  # generated
     size_m: float = 256  # side of a scene
     tile: int = 32  # pixels of 0.5 m
     splits: tuple = (0.6, 0.15, 0.25)  # shares of the scenes: train, val, test
@@ -51,7 +51,7 @@ class DemoSettings:
 # %% ../nbs/94_demo.ipynb #00000007
 def make_store(
     out: Path,  # folder: `scenes` and `store` in it; what is there is used again
-    s: DemoSettings,
+    s: DemoSettings,  # sizes
     workers: int = 1,  # processes
     progress: bool = True,  # show bars
 ) -> TileStore:
@@ -95,9 +95,9 @@ def show_scene(
 # %% ../nbs/94_demo.ipynb #000000e7
 def write_page(
     out: Path,  # folder with `scenes` and the trials
-    store: TileStore,
+    store: TileStore,  # its tiles
     table: pd.DataFrame,  # of `summarize`
-    s: DemoSettings,
+    s: DemoSettings,  # sizes
     minutes: float,  # of the whole demo
 ):
     "Pictures, `table.csv` and `index.html`."

@@ -152,7 +152,7 @@ class MultiModalViT(nn.Module):
     def __init__(self,
         name:str,                    # timm name of a VisionTransformer, or such a model
         modalities:dict,             # name -> `Modality`
-        anchor:str,                  # the modality whose pixels count the patch size
+        anchor:str,                  # the modality in whose pixels the patch size is given
         patch_size:int|None=None,    # px of the anchor; None = the timm model's
         shared_stem:bool=False,      # one 3-channel stem for all (published); a single band is repeated
         pretrained:bool=False,       # timm's weights; the stems follow by band
@@ -336,7 +336,7 @@ def features(self:MultiModalViT,
 # %% ../nbs/40_encoders.ipynb #0040f002
 def same_build(
     new:nn.Module,       # an encoder made of the name and settings of `old`
-    old:nn.Module,
+    old:nn.Module,       # the encoder it was made after
 ) -> nn.Module:          # `new`, on the device of `old`, with its image and token sizes
     "`new`, if it has the names and shapes of `old`"
     shapes = lambda e: {k: v.shape for k, v in e.state_dict().items()}

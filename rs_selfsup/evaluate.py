@@ -254,7 +254,7 @@ def probe(
     metric: str = "accuracy",  # or 'balanced_accuracy'
     k: int = 20,  # neighbours of the kNN score
     groups: np.ndarray | None = None,  # (n_test,) units of the bootstrap, rows of `test`
-    **kwargs,  # to `probe`
+    **kwargs,  # to `linear_probe`
 ) -> pd.DataFrame:
     "kNN and linear probe of one set of features: one row per label fraction."
     keep = test.label >= 0

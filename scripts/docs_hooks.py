@@ -10,6 +10,18 @@ log = logging.getLogger("mkdocs.hooks.math")
 MATH = re.compile(r'<(span|div) class="arithmatex">\s*\\([(\[])(.*?)\\[)\]]\s*</\1>', re.S)
 
 
+NAME = r"<m[io]>(?:log|exp|cos|sin|softmax|logsoftmax|min|max|argmin|argmax|Var|sg)</m[io]>"
+
+
+def spaced(mathml):
+    "Thin spaces around the names of functions, which MathML does not give; \\pm is an operator; a large bracket with an index stays large."
+    thin = '<mspace width="0.17em"></mspace>'
+    mathml = mathml.replace("<mi>&#x000B1;</mi>", "<mo>&#x000B1;</mo>")
+    mathml = re.sub(rf"({NAME})(?!</|<mo[^>]*>(?:\(|&#x0028;|&#x00028;))", rf"\1{thin}", mathml)
+    mathml = re.sub(rf"(</m(?:i|n|sub|sup|subsup|over|row|frac)>)({NAME})", rf"\1{thin}\2", mathml)
+    return re.sub(r"<msub>(<mo minsize[^>]*>\)</mo>)", r"\1<msub><mi></mi>", mathml)
+
+
 def to_mathml(tex, block):
     "One formula. A command that the converter does not know stays in its result as text with a backslash."
     tex = re.sub(r"\\tag\{.*?\}|\\label\{.*?\}", "", tex)
@@ -21,6 +33,7 @@ def to_mathml(tex, block):
         r'<mo stretchy="false">\1</mo>',
         result,
     )
+    result = spaced(result)
     if unknown := re.search(r"\\[A-Za-z]+", re.sub(r"<annotation.*?</annotation>", "", result, flags=re.S)):
         raise ValueError(f"{unknown.group()} is not known to latex2mathml")
     if "<mi>&amp;</mi>" in result or "&#x00026;" in result:

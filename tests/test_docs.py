@@ -125,3 +125,24 @@ def test_a_value_shows_all_its_keys(docs):
     made = SimpleNamespace(UNITS={f"unit_{i}": i for i in range(40)}, LIMIT=3)
     rows = list(docs.constants(["UNITS", "LIMIT"], made, "LIMIT = 3 # per tile\n"))
     assert "<code>unit_39</code>" in rows[0] and rows[1] == "| `LIMIT` | <code>3</code> | per tile |"
+
+
+def test_names_of_functions_in_formulas_stand_apart(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    hooks = pytest.importorskip("docs_hooks")
+    thin = '<mspace width="0.17em"></mspace>'
+    assert f"<mi>log</mi>{thin}<mn>8</mn>" in hooks.to_mathml(r"\log 8", False)
+    assert f"<mn>2</mn>{thin}<mi>cos</mi><mo" in hooks.to_mathml(r"2\cos(a)", False)
+    assert "<mo>&#x000B1;</mo>" in hooks.to_mathml(r"a\pm b", False)
+    assert ")</mo><msub><mi></mi><mi>k</mi>" in hooks.to_mathml(r"\Big(x\Big)_k", False)
+    sys.modules.pop("docs_hooks", None)
+
+
+def test_every_table_of_parameters_is_complete(docs):
+    "Where something is said of one parameter, it is said of all; the generated scenes' painters are still to be done."
+    gaps = []
+    for file, found in docs.module_symbols(docs.settings()).items():
+        for s in found.values():
+            rows = [] if any(part[0] == "_" for part in s.name.split(".")) or file.endswith("synthetic.py") else s.rows or []
+            gaps += [f"{file}: {s.name}: {r.names}" for r in rows if any(o.about for o in rows) and not r.about]
+    assert not gaps, "\n".join(gaps)

@@ -66,7 +66,7 @@ class View:
 
 # %% ../../nbs/15_data.views.ipynb #1be85584
 def halvings(
-    window:Window,
+    window:Window, # one per tile
     tile:tuple, # (H, W) px
     size:int, # side of the view, px of the same grid
 ) -> Tensor: # (B,) int64, 0 where samples are less than 2 px apart
@@ -76,7 +76,7 @@ def halvings(
 
 def sample(
     x:Tensor, # (B, C, H, W) float
-    window:Window,
+    window:Window, # one per tile
     size:int, # side of the output, px
     k:Tensor, # (B,) from `halvings`
     most:int=0, # no `k` is larger; known without looking at the device
@@ -92,7 +92,7 @@ def sample(
 # %% ../../nbs/15_data.views.ipynb #34bf6b40
 def cut(
     batch:Batch, # z-scores
-    window:Window,
+    window:Window, # one per tile
     size:int, # side of the view in pixels of the finest grid
 ) -> View:
     "Sample the window of every modality on the grid its own pixel size gives"
@@ -120,7 +120,7 @@ def _check_size(size, factors, tile=None):
 
 # %% ../../nbs/15_data.views.ipynb #0000000c
 def cell_centres(
-    view:View,
+    view:View, # of `cut`
     grid:tuple, # (gh, gw) cells of the view
 ) -> Tensor: # (B, gh*gw, 2) row and column in the tile, px of the finest grid
     "Where each cell of a view lies on the ground"

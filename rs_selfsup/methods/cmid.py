@@ -312,7 +312,7 @@ def check_data(self:CMID,
 def create(cls:CMID,
     encoder,                 # timm name, or an encoder
     modalities:dict,         # name -> `Modality`
-    anchor:str,              # the modality whose pixels count
+    anchor:str,              # the modality in whose pixels sizes are given
     normalize,               # `Normalize`
     patch_size:int|None=None,# vision transformers: px of the anchor; None = the model's
     modality:str|None=None,  # build and train for this one alone; None = for all

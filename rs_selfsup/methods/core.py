@@ -98,7 +98,7 @@ def build_encoder(cls:Method, name, modalities:dict, anchor:str, patch_size=None
 def create(cls:Method,
     encoder,                 # timm name, or an encoder
     modalities:dict,         # name -> `Modality`
-    anchor:str,              # the modality whose pixels count
+    anchor:str,              # the modality in whose pixels sizes are given
     normalize,               # `Normalize`
     patch_size:int|None=None,# vision transformers: px of the anchor; None = the model's
     **settings               # of the method, the encoder and timm

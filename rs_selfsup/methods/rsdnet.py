@@ -47,7 +47,7 @@ def _chosen(mod, names):
 @dataclass(frozen=True)
 class Channel:
     "A band, or the difference of two"
-    modality:str
+    modality:str                 # its name
     label:str                    # 'B04', 'VV-VH'
     i:int                        # number of the band in its modality
     minus:int|None=None          # number of the band that is subtracted
@@ -76,7 +76,7 @@ class BandEncoder(Backbone):
     def __init__(self,
         name:str,                # timm name, published: resnet50
         modalities:dict,         # name -> `Modality`, all of the store
-        anchor:str,              # the modality whose pixels count
+        anchor:str,              # the modality in whose pixels sizes are given
         channels:int=1,          # of a view: 1 or 3
         sensors='all',           # see `choose_bands`
         bands:dict|None=None,    # see `choose_bands`
@@ -316,7 +316,7 @@ def _candidates(self:RSDNet, pairs):
 def build_encoder(cls:RSDNet,
     name,                        # timm name of a CNN, a Swin or a plain vision transformer
     modalities:dict,             # name -> `Modality`
-    anchor:str,                  # the modality whose pixels count
+    anchor:str,                  # the modality in whose pixels sizes are given
     patch_size:int|None=None,    # vision transformers: px of the anchor; None = the model's, in px of the common grid
     scheme:str='single',         # 'single' = a view is one band, 'three' = three
     sensors='all',               # see `choose_bands`
@@ -502,8 +502,8 @@ def _visible(enc, single):
 class BandIdentity:
     "How well a feature tells which band it came from"
     score:float                  # share of right answers on the test tiles
-    lo:float                     # bootstrap interval over tiles
-    hi:float
+    lo:float                     # lower end of the 95 % bootstrap interval over tiles
+    hi:float                     # upper end
     chance:float                 # 1 / number of looks
     sensor:float                 # share of answers with the right modality, mean over the modalities; chance 1 / their number
     names:list                   # of the looks

@@ -325,7 +325,7 @@ def _pair(self:XSTARS, a, b):
 
 @patch
 def project_places(self:XSTARS,
-    seen:Looked,
+    seen:Looked,             # what an encoder said of the sensor
     m:str,                   # the sensor
     to:tuple,                # (gh, gw) of the common grid
     heads=None,              # sensor -> projector; None = the student's
@@ -533,7 +533,7 @@ def _descriptions(model, see, data, names, n, device, heads):
 @torch.no_grad()
 def linear_retrieval(
     model,                   # an `XSTARS`, or an encoder
-    store:TileStore,
+    store:TileStore,         # with both sensors
     a:str,                   # sensor of the query
     b:str,                   # sensor in which it is looked for
     n:int=500,               # test tiles at most
