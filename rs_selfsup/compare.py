@@ -330,7 +330,7 @@ def read_measures(
     return table if len(table) else pd.DataFrame(columns=["method", "measure", "when", "value", "value lo", "value hi", "seeds"])
 
 # %% ../nbs/64_compare.ipynb #00000017
-OF_TRIAL = "patch_size", "bs", "lr", "momentum", "encoder", "crop"  # settings that are no method's, but may be a variant's own
+OF_TRIAL = "patch_size", "bs", "lr", "momentum", "encoder", "crop", "epochs"  # settings that are no method's, but may be a variant's own
 
 
 def own_trial(
