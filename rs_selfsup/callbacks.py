@@ -11,7 +11,7 @@ __all__ = ['WeightedSum', 'random_state', 'set_random_state', 'seed_all', 'keep_
            'load_weights', 'FullCheckpoint', 'init_distributed', 'Distributed']
 
 # %% ../nbs/60_callbacks.ipynb #00000004
-import atexit, json, math, os, random, re, signal, threading, time, warnings
+import atexit, copy, json, math, os, random, re, signal, threading, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist
@@ -525,8 +525,11 @@ def fixed_sample(
     dl,         # loader of (batch, ...)
     n:int,      # samples
 ) -> list:      # of batches
-    "The first `n` samples of a loader; its random draws leave no trace"
-    out, left = [], n
+    "The first `n` samples of a loader's first epoch; looking at them leaves no trace, neither random draws nor a place in the loader"
+    dl, out, left = copy.copy(dl), [], n
+    if hasattr(dl, 'set_epoch'): dl.set_epoch(0)
+    if hasattr(dl, 'skip'): dl.skip(0)
+    if hasattr(dl, 'workers'): dl.workers = 0
     with keep_random_state():
         for b, *_ in dl:
             out.append(b.index(slice(left)) if len(b) > left else b)

@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn import functional as F
 from .callbacks import (
     ClipGrad, CollapseMonitor, Distributed, FullCheckpoint, GradAccumulate, OnlineKNN, Precision, RunLog, Steps,
-    TeacherEMA, TermRecorder, WarmupCosine, WeightedSum, autocast_like, checkpoints, cosine, held_out, init_distributed,
-    keep_random_state, plain, read_checkpoint, warmup_cosine)
+    TeacherEMA, TermRecorder, WarmupCosine, WeightedSum, autocast_like, checkpoints, cosine, fixed_sample, held_out,
+    init_distributed, keep_random_state, plain, read_checkpoint, warmup_cosine)
 from .distributed import world
 from .encoders import MultiModalViT
 from .methods.cmid import CMID
@@ -299,7 +299,7 @@ def show_results(self:PretrainLearner,
     "Image, mask and features (`method.visualize`) of a few tiles; the figure"
     import matplotlib.pyplot as plt
     method = self.method
-    with keep_random_state(): batch = next(iter(held_out(self.dls)))[0] if batch is None else batch
+    if batch is None: batch = fixed_sample(held_out(self.dls), max_n)[0]
     batch = batch.index(slice(max_n)).to(next(method.parameters()).device)
     with torch.no_grad(): rows = _pictures(method, batch)
     n, k = len(rows), len(rows[0])
