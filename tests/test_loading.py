@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import rs_selfsup.data.loading as loading
+from rs_selfsup.callbacks import fixed_sample
 from rs_selfsup.data.augment import Augment, Normalize
 from rs_selfsup.data.loading import Batch, BatchToModel, TileLoader, TileReader, cut_batches, dataloaders, eval_loader, tile_order
 from rs_selfsup.data.synthetic import write_scenes
@@ -87,6 +88,18 @@ def test_skip_is_the_undisturbed_stream(store, workers, monkeypatch):
         dl.set_epoch(3)
         dl.skip(2)
         assert tiles(dl) == asked == [b.tile.tolist() for b in undisturbed[2:]]
+
+
+def test_a_fixed_sample_leaves_the_place_in_the_stream(store):
+    "The collapse monitor looks at the training loader of a store without validation tiles: a resumed epoch lost its place."
+    whole, dl = loader(store), loader(store)
+    first = [t for b in fixed_sample(whole, 6) for t in b.tile.tolist()]
+    whole.set_epoch(3)
+    undisturbed = tiles(whole)
+    dl.set_epoch(3)
+    dl.skip(2)
+    assert [t for b in fixed_sample(dl, 6) for t in b.tile.tolist()] == first and len(first) == 6
+    assert tiles(dl) == undisturbed[2:]
 
 
 def test_one_read_per_batch(store, monkeypatch):
