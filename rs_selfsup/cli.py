@@ -10,6 +10,7 @@ __all__ = ['METHODS', 'CONFIG', 'STEP_COLUMNS', 'read_config', 'parse_settings',
 # %% ../nbs/95_cli.ipynb #00000003
 import argparse
 import json
+import os
 import sys
 import tomllib
 import warnings
@@ -158,11 +159,8 @@ def store_pictures(
     seed=0,  # which ones
 ):
     "Tiles of a store as `tiles.png`."
-    import matplotlib
-    import numpy as np
-
-    matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    import numpy as np
 
     ids = np.sort(np.random.default_rng(seed).permutation(len(store))[:n])
     store.show(ids)
@@ -276,9 +274,6 @@ def finish(
     out,  # folder of the run
 ):
     "Encoder files and pictures of a trained Learner."
-    import matplotlib
-
-    matplotlib.use("agg")
     learn.export_encoder(out / "encoder_all.safetensors", modality="all")
     try:
         learn.export_encoder(out / "encoder.safetensors")
@@ -522,6 +517,7 @@ def main(
 ) -> int:  # exit status
     "Entry point of `rs-selfsup`."
     argv = sys.argv[1:] if argv is None else argv
+    if "ipykernel" not in sys.modules: os.environ.setdefault("MPLBACKEND", "agg")  # pictures go to files, in child processes too
     try:
         with _no_future_warnings():
             args = layered(build_parser(), argv)

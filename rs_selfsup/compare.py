@@ -136,9 +136,6 @@ def leave_files(
     out: Path,  # folder of the trial, with the log in its folder run
 ):
     "Encoder, pictures of features and curves."
-    import matplotlib
-
-    matplotlib.use("agg")
     from rs_selfsup.cli import plot_curves, save_figure
 
     save_figure(learn.show_results(), out / "features.png")
@@ -246,8 +243,11 @@ def run_trials(
 
 # %% ../nbs/64_compare.ipynb #bf09a1ac
 def _child(shared):
+    import matplotlib
+
     global _SHARED
     _SHARED = shared
+    matplotlib.use("agg")  # pictures go to files
 
 
 def _in_child(*job): return run_trial(*job, shared=_SHARED)
@@ -377,9 +377,6 @@ def compare(
 
 # %% ../nbs/64_compare.ipynb #7be772b8
 def _figure(table, path):
-    import matplotlib
-
-    matplotlib.use("agg")
     from rs_selfsup.cli import save_figure
 
     save_figure(plot_methods(table).figure, path)

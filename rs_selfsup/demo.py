@@ -101,9 +101,6 @@ def write_page(
     minutes: float,  # of the whole demo
 ):
     "Pictures, `table.csv` and `index.html`."
-    import matplotlib
-
-    matplotlib.use("agg")
     from rs_selfsup.cli import save_figure, store_pictures
 
     save_figure(plot_table(table).figure, out / "table.png")
