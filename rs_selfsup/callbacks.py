@@ -210,7 +210,7 @@ def before_batch(self:WarmupCosine):
     lr = warmup_cosine(self.learn.step, self.n_steps, self.lr_max, self.lr_min, self.warmup)
     wd = cosine(self.learn.step, self.n_steps, *self.decay) if isinstance(self.decay, (tuple, list)) else self.decay
     for pg, (_, old) in zip(param_groups(self.opt), self.old):
-        pg['lr'] = lr
+        pg['lr'] = lr*pg.get('lr_scale', 1.)              # timm's name for a layer's own share
         if wd is not None and old: pg['weight_decay'] = wd
 
 @patch

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'HOLDERS', 'TORCHVISION', 'timm_settings', 'export_encoder', 'LoadReport', 'compare', 'load_weights',
-           'read_state', 'read_header', 'load_encoder', 'create_timm', 'read_checkpoint', 'strip_names', 'init_encoder']
+           'read_state', 'read_header', 'empty_encoder', 'load_encoder', 'create_timm', 'read_checkpoint',
+           'strip_names', 'init_encoder']
 
 # %% ../nbs/63_export.ipynb #00000002
 import json, os, re
@@ -204,21 +205,26 @@ def _network(h, mods, anchor) -> Backbone:
     return enc
 
 # %% ../nbs/63_export.ipynb #0000000c
+def empty_encoder(
+    h:dict,                  # header of a file, see `read_header`
+) -> nn.Module:              # `MultiModalViT` or `Backbone`, weights as they come
+    "The encoder that a header describes, before its weights."
+    mods, a = {m: Modality.from_dict(d) for m, d in h['modalities'].items()}, h['anchor']
+    if h.get('kind') == 'backbone': enc = _network(h, mods, a)
+    else:
+        enc = MultiModalViT(h['timm_name'], mods, a, h['patch_size'][a], h['shared_stem'], init='timm', **h['timm_kw'])
+        enc.token_size_m, enc.patch_size = h['token_size_m'], h['patch_size']
+    enc.sizes = {m: tuple(s) for m, s in h['sizes'].items()}
+    return enc
+
 def load_encoder(
     path,                    # a file written by `export_encoder`, for one modality or all
 ):                           # `MultiModalViT` or `Backbone` with .load_report, .stats, .config and .recipe (normalisation)
     "The encoder in a file, for any image size that the network can take."
     h, state = read_header(path), read_state(path)
-    mods, a = {m: Modality.from_dict(d) for m, d in h['modalities'].items()}, h['anchor']
-    sizes = {m: tuple(s) for m, s in h['sizes'].items()}
-    if h.get('kind') == 'backbone':
-        enc = _network(h, mods, a)
-        shared, enc.sizes = h['channels'], sizes
-    else:
-        enc = MultiModalViT(h['timm_name'], mods, a, h['patch_size'][a], h['shared_stem'], init='timm', **h['timm_kw'])
-        shared, enc.token_size_m, enc.patch_size, enc.sizes = h['shared_stem'], h['token_size_m'], h['patch_size'], sizes
+    enc, a = empty_encoder(h), h['anchor']
     if h['modality'] != 'all':
-        p = _parts(enc)
+        p, shared = _parts(enc), h['channels'] if h.get('kind') == 'backbone' else h['shared_stem']
         place = lambda k: k.replace(p.first, p.stem('shared' if shared else a), 1) if k.startswith(p.first) else p.trunk + k
         state = {place(k): v for k, v in state.items() if k != 'pos_embed' or h.get('kind') == 'backbone'}
     enc.load_report = load_weights(enc, state, file=path)
