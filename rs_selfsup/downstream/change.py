@@ -127,7 +127,9 @@ class ChangeLearner(SegmentationLearner):
         pairs = kw["pairs"]
         names = list(modalities or [m for m in pairs if m in enc.modalities])
         for m in names: pick(m, pairs, "pair of dates for", dls.store.path)
-        if not names: raise DataError(f"the encoder knows {list(enc.modalities)}, two dates there are of {list(pairs)}", dls.store.path, fix="Pre-train on one of these.")
+        if not names:
+            problem = f"the encoder knows {list(enc.modalities)}, two dates there are of {list(pairs)}"
+            raise DataError(problem, dls.store.path, fix="Pre-train on one of these.")
         stats, names = super().shared_stats(enc, dls, names, kw)
         kw["pairs"] = {m: pairs[m] for m in names}
         return stats | {s: stats.get(m, dls.store.stats[m]) for m, s in kw["pairs"].items()}, names
@@ -136,7 +138,9 @@ class ChangeLearner(SegmentationLearner):
 def check_pairs(pairs, dls):
     "Both dates exist, with the same bands on the same grid"
     file = dls.store.path
-    if not pairs: raise DataError(f"no second date among {list(dls.modalities)}", file, fix="Name the second date rgb_t2 in the scene file, or pass pairs={'rgb': 'rgb_2020'}.")
+    if not pairs:
+        fix = "Name the second date rgb_t2 in the scene file, or pass pairs={'rgb': 'rgb_2020'}."
+        raise DataError(f"no second date among {list(dls.modalities)}", file, fix=fix)
     for m, s in pairs.items():
         for k in (m, s): pick(k, dls.modalities, "modality", file)
         a, b = dls.modalities[m], dls.modalities[s]

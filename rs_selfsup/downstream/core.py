@@ -149,7 +149,8 @@ def find_target(
     known = {k: t.kind for k, t in store.targets.items()}
     if name is not None:
         if known.get(pick(name, known, "target", store.path)) != kind:
-            raise DataError(f"target {name!r} is a {known[name]} target", store.path, fix=f"This task wants a {kind} target: {[k for k, v in known.items() if v == kind]}.")
+            fix = f"This task wants a {kind} target: {[k for k, v in known.items() if v == kind]}."
+            raise DataError(f"target {name!r} is a {known[name]} target", store.path, fix=fix)
         return name
     mine = [k for k, v in known.items() if v == kind]
     if len(mine) == 1: return mine[0]
@@ -269,7 +270,8 @@ class TaskLearner(PretrainLearner):
             dls = task_loaders(dls, stats, label_fraction, seed)
             about = dict(gsd=store.modalities[store.anchor].gsd, tile=dls.tile_size[store.anchor][0], decoder=decoder, modalities=names, frozen=mode == "probe")
             model = cls.create(enc, dls.normalize, store.targets[target], **about, **kw)
-        config = dict(task=cls.task, target=target, mode=mode, decoder=decoder, layer_decay=layer_decay, label_fraction=label_fraction, encoder=enc.name, settings=plain(kw))
+        config = dict(task=cls.task, target=target, mode=mode, decoder=decoder, layer_decay=layer_decay, label_fraction=label_fraction)
+        config |= dict(encoder=enc.name, settings=plain(kw))
         super().__init__(dls, Objective(model, target), seed=seed, every=every, config=config, cbs=cbs)
         self.task_model, self.mode, self.layer_decay = model, mode, layer_decay
         self.splitter = lambda m: [[p for p in m.parameters() if p.requires_grad]]
@@ -303,7 +305,8 @@ def shared_stats(self: TaskLearner, enc, dls, modalities, kw) -> tuple:  # stati
     names = list(modalities or [m for m in enc.modalities if m in dls.modalities])
     for m in names or list(enc.modalities):
         if m not in enc.modalities or m not in dls.modalities:
-            raise DataError(f"modality {m!r}: the encoder knows {list(enc.modalities)}, the store has {list(dls.modalities)}", dls.store.path, fix="Name modalities of both.")
+            problem = f"modality {m!r}: the encoder knows {list(enc.modalities)}, the store has {list(dls.modalities)}"
+            raise DataError(problem, dls.store.path, fix="Name modalities of both.")
         ours, theirs = enc.modalities[m].band_names, dls.modalities[m].band_names
         if ours != theirs: raise DataError(f"the encoder knows {m} as {ours}, the store has {theirs}", dls.store.path, fix="Give the bands it was trained on.")
     stats = getattr(enc, "stats", None) or {}
@@ -427,8 +430,8 @@ def save_model(
 ) -> Path:
     "Write a model to a file"
     path, enc = Path(path), model.encoder
-    about = dict(task=model.task, package=rs_selfsup.__version__, settings=plain(model.settings), modalities=model.features.modalities, gsd=model.gsd, tile=model.tile,
-                 classes=model.classes, colors=model.colors, unit=model.unit, frozen=model.frozen, config=plain(config or {}),
+    same = {k: getattr(model, k) for k in ("task", "gsd", "tile", "classes", "colors", "unit", "frozen")}
+    about = dict(same, package=rs_selfsup.__version__, settings=plain(model.settings), modalities=model.features.modalities, config=plain(config or {}),
                  sensors={m: s.to_dict() for m, s in model.normalize.modalities.items()})
     about["encoder"] = json.loads(json.dumps(_header(enc, "all", tuple(enc.sizes[enc.anchor]), None, None), default=plain))
     path.parent.mkdir(parents=True, exist_ok=True)

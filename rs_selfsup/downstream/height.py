@@ -64,7 +64,8 @@ class HeightModel(TaskModel):
         "Truth, prediction and signed error, on one scale"
         known = truth[truth.isfinite()]
         hi = max(1.0, float(known.quantile(0.99)) if len(known) else 1.0)
-        return [(f"truth, 0 to {hi:.0f} m", heat(truth, 0, hi)), ("prediction", heat(out[:, 0], 0, hi)), (f"error, ±{hi:.0f} m", heat(out[:, 0] - truth, -hi, hi, "coolwarm"))]
+        error = heat(out[:, 0] - truth, -hi, hi, "coolwarm")
+        return [(f"truth, 0 to {hi:.0f} m", heat(truth, 0, hi)), ("prediction", heat(out[:, 0], 0, hi)), (f"error, ±{hi:.0f} m", error)]
 
 
 MODELS["height"] = HeightModel
