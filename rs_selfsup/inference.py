@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'ToyModel', 'open_scene', 'other_date', 'Date', 'to_batch', 'normalized', 'blend_weights', 'starts', 'Tiling',
-           'plan_tiling', 'Canvas', 'ahead', 'Mapper', 'blended', 'predict_array', 'max_seam']
+           'plan_tiling', 'Canvas', 'ahead', 'Mapper', 'blended', 'predict_array', 'max_seam', 'Sheet', 'class_colors',
+           'sheets_of', 'weights_digest', 'MapResult', 'predict_scene', 'make_map', 'gpkg_polygon', 'write_gpkg',
+           'VectorResult', 'polygons', 'TokenMap', 'embed_scene', 'pca_picture', 'stretched_scene', 'predict_memory']
 
 # %% ../nbs/85_inference.ipynb #739ee668
 import errno, hashlib, json, math, os, shutil, sqlite3, struct, subprocess, sys, tempfile, time
@@ -298,11 +300,12 @@ class Mapper:
         self.device = torch.device(device) if device is not None else torch.device('cpu') if p is None else p.device
 
     def __enter__(self): # as for a prediction; afterwards as it was
-        self.was = getattr(self.model, 'training', False)
-        if isinstance(self.model, nn.Module): self.model.to(self.device).eval()
+        net = self.model if isinstance(self.model, nn.Module) else nn.Module()
+        self.was = [(m, m.training) for m in net.modules()]
+        net.to(self.device).eval()
         return self
     def __exit__(self, *_):
-        if self.was: self.model.train()
+        for m, training in self.was: m.training = training
 
     @torch.inference_mode()
     def __call__(self, dates, weights): # list of windows per date -> (n, K, h, w) float32, weighted
@@ -413,3 +416,576 @@ def max_seam(
     one, _ = predict_array(model, scene, scenes=scenes, window=-(-max(valid.shape)//side)*side, overlap=0, **kw)
     inner = tuple(slice(m, n - m) for n in valid.shape)
     return float((np.abs(tiled - one)*valid)[(slice(None), *inner)].max())
+
+# %% ../nbs/85_inference.ipynb #9e3440b7
+@contextmanager
+def _writing(path): # whatever goes wrong while writing, in one sentence
+    try: yield
+    except DataError: raise
+    except Exception as e:
+        while e.__cause__ is not None: e = e.__cause__
+        full = getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(w in str(e).lower() for w in ('no space', 'disk is full', 'too large'))
+        why = (str(e).splitlines() or [type(e).__name__])[0].rstrip('.')[:160]
+        fix = 'Make room on the disk' if full else 'Look whether the disk is full and the folder may be written to'
+        raise DataError(f'it could not be written ({why}); no map was left', path, fix=f'{fix}, and run it again: finished strips are kept.') from None
+
+# %% ../nbs/85_inference.ipynb #dca3bfbd
+@dataclass
+class Sheet:
+    "A raster in the making: strips in a folder, then a COG"
+    path:Path # where it will be
+    folder:Path # of its strips
+    dtype:str # 'uint8' or 'float32'
+    nodata:float # 255 or NaN
+    names:list # of the bands
+    classes:list|None=None # a class map: names of its values
+    colors:list|None=None # (r, g, b) of the classes
+    unit:str|None=None # of the values
+    scale:float=1. # value = stored*scale
+    bits:int|None=None # 16: floats in half the space
+    tags:dict=field(default_factory=dict) # of the file
+
+    count = property(lambda self: len(self.names))
+    def strip(self, k, j): return self.folder/f'{self.path.stem}_{k}_{j}.tif'
+    def has(self, k, j): return self.strip(k, j).exists()
+
+    @property
+    def kind(self): # of the GeoTIFF
+        more = dict(nbits=self.bits) if self.bits else {}
+        return dict(count=self.count, dtype=self.dtype, nodata=self.nodata, compress='deflate', bigtiff='if_safer', **more)
+
+    @property
+    def block(self): # side of a tile, px: at most 8 MB each
+        return next(b for b in (512, 256, 128, 64, 32, 16) if b == 16 or self.count*b*b*np.dtype(self.dtype).itemsize <= 1 << 23)
+
+# %% ../nbs/85_inference.ipynb #06f77557
+@patch
+def put(self:Sheet,
+    k:int, j:int, # panel, window row
+    x,            # (count, h, w)
+):
+    "Write a finished strip, and see that it is right"
+    tmp, x = self.strip(k, j).with_suffix('.part'), np.ascontiguousarray(x)
+    with _writing(self.path):
+        with rasterio.open(tmp, 'w', driver='GTiff', height=x.shape[1], width=x.shape[2], **self.kind) as f: f.write(x)
+        with rasterio.open(tmp) as f: y = f.read()
+        if self.bits is None and not np.array_equal(x, y, equal_nan=x.dtype.kind == 'f'): raise OSError('what was written reads otherwise')
+        with open(tmp, 'rb') as f: os.fsync(f.fileno())
+        os.replace(tmp, self.strip(k, j))
+
+@patch
+def _describe(self:Sheet, f): # everything but pixels
+    f.descriptions, f.scales = tuple(self.names), (self.scale,)*self.count
+    if self.unit: f.units = (self.unit,)*self.count
+    f.update_tags(**self.tags)
+    if self.classes is None: return
+    f.update_tags(1, **{f'CLASS_{i}': c for i, c in enumerate(self.classes)})
+    f.write_colormap(1, {**{i: (*c, 255) for i, c in enumerate(self.colors)}, 255: (0, 0, 0, 0)})
+
+# %% ../nbs/85_inference.ipynb #87e54e73
+@patch
+def finish(self:Sheet,
+    t:Tiling,   # of the strips
+    grid:dict,  # `transform` and `crs` of the map
+) -> np.ndarray: # (256,) how often each value of a class map occurs; else how many pixels are valid
+    "Strips -> COG, still in the folder; read back and compared"
+    whole, cog, counts = self.folder/f'{self.path.stem}.whole.tif', self.folder/f'{self.path.stem}.cog.tif', np.zeros(256, np.int64)
+    at = [(k, j) for j in range(len(t.rows)) for k in range(len(t.panels))]
+    tiles = dict(tiled=True, blockxsize=self.block, blockysize=self.block, interleave='band')
+    how = 'nearest' if self.classes else 'average'
+    with _writing(self.path):
+        with rasterio.open(whole, 'w', driver='GTiff', height=t.shape[0], width=t.shape[1], **self.kind, **grid, **tiles) as f:
+            self._describe(f)
+            for k, j in at:
+                x = _read(self.strip(k, j))
+                f.write(x, window=t.strip(k, j))
+                counts += np.bincount(x[0].ravel(), minlength=256) if self.classes else np.eye(1, 256, dtype=int)[0]*int(_known(x[0]).sum())
+        more = {k: v for k, v in self.kind.items() if k in ('compress', 'bigtiff', 'nbits')}
+        rasterio.shutil.copy(whole, cog, driver='COG', blocksize=self.block, overview_resampling=how, **more)
+        with rasterio.open(cog) as f:
+            for k, j in at:
+                if not np.array_equal(f.read(window=t.strip(k, j)), _read(self.strip(k, j)), equal_nan=self.dtype != 'uint8'):
+                    raise OSError('what was written reads otherwise')
+        whole.unlink()
+    return counts
+
+def _read(path):
+    with rasterio.open(path) as f: return f.read()
+def _known(x): return np.isfinite(x) if x.dtype.kind == 'f' else x != 255
+
+# %% ../nbs/85_inference.ipynb #78497f46
+@patch
+def publish(self:Sheet):
+    "The map under its name, whole"
+    aux, cog = Path(f'{self.path}.aux.xml'), self.folder/f'{self.path.stem}.cog.tif'
+    with _writing(self.path):
+        aux.unlink(missing_ok=True)                                 # what it says is of an older map
+        if self.classes:
+            rows = ''.join(f'<Category>{escape(c)}</Category>' for c in self.classes)
+            tmp = self.folder/'aux.xml'
+            tmp.write_text(f'<PAMDataset><PAMRasterBand band="1"><CategoryNames>{rows}</CategoryNames></PAMRasterBand></PAMDataset>', encoding='utf-8')
+            os.replace(tmp, aux)
+        os.replace(cog, self.path)
+
+# %% ../nbs/85_inference.ipynb #b5d4ffc3
+def class_colors(
+    model, # has `classes` and `colors`
+) -> list: # of (r, g, b)
+    "The model's colours, or some that differ"
+    if model.colors is not None and len(model.colors): return [tuple(map(int, c)) for c in model.colors]
+    hue = lambda i, s: int(255*(.55 + .4*math.cos(2*math.pi*(i*.618 + s/3))))
+    return [(hue(i, 0), hue(i, 1), hue(i, 2)) for i in range(len(model.classes))]
+
+def sheets_of(
+    model,                    # see above
+    out:Path,                 # of the map
+    folder:Path,              # of the strips
+    probabilities:Path|None=None, # where they go; None: nowhere
+    tags:dict|None=None,      # of the files
+) -> list:                    # of (`Sheet`, function (mean (K, h, w) or None, valid) -> (count, h, w))
+    "What is written for a model"
+    kw = dict(folder=folder, tags=dict(rs_selfsup=__version__, task=model.task, **(tags or {})))
+    if model.classes is None:
+        unit = {'m': 'metre'}.get(model.unit, model.unit)
+        return [(Sheet(out, dtype='float32', nodata=math.nan, names=[model.task], unit=unit, **kw), lambda x, ok: _values(x, ok, 1))]
+    n = len(model.classes)
+    maps = [(Sheet(out, dtype='uint8', nodata=255, names=[model.task], classes=list(model.classes), colors=class_colors(model), **kw), _labels)]
+    if probabilities: maps.append((Sheet(probabilities, dtype='uint8', nodata=255, names=list(model.classes), scale=.005, **kw), lambda x, ok: _shares(x, ok, n)))
+    return maps
+
+# %% ../nbs/85_inference.ipynb #00d1963f
+def _labels(x, ok): return np.full((1, *ok.shape), 255, np.uint8) if x is None else np.where(ok, x.argmax(0), 255).astype(np.uint8)[None]
+
+def _shares(x, ok, n): # probabilities in steps of half a percent
+    if x is None: return np.full((n, *ok.shape), 255, np.uint8)
+    return np.where(ok, np.rint(np.where(ok, x, 0)*200).clip(0, 200), 255).astype(np.uint8)
+
+def _values(x, ok, n): return np.full((n, *ok.shape), np.nan, np.float32) if x is None else np.where(ok, x, np.float32(np.nan))
+
+def _check_map(model, x, ok, row): # as many layers as there are classes, and numbers
+    n = 1 if model.classes is None else len(model.classes)
+    if len(x) != n: raise DataError(f'the model gives {len(x)} layers for {n} class{"es" if n > 1 else ""}', fix='activate must give one layer per class.')
+    bad = ok & ~np.isfinite(x).all(0)
+    if bad.any():
+        raise DataError(f'the model gives no numbers at {bad.sum()} valid pixels, the first in row {row + int(np.argwhere(bad)[0, 0])}',
+                        fix='Look for NaN in its weights; with half=True, try half=False.')
+
+# %% ../nbs/85_inference.ipynb #3bbdd7f1
+def weights_digest(
+    model, # with or without parameters
+) -> str:
+    "A checksum of all weights, statistics and the kind of model"
+    h = hashlib.sha256(type(model).__name__.encode())
+    for part in (model, getattr(model, 'normalize', None)):
+        if not isinstance(part, nn.Module): continue
+        for k, v in sorted(part.state_dict().items()):
+            if isinstance(v, Tensor): h.update(k.encode() + v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:16]
+
+def _files(date): # what a map depends on
+    out = []
+    for m, files in date.reader.scene.rasters.items():
+        for f in files:
+            p = Path(f.path)
+            out.append([m, f.path, [p.stat().st_size, p.stat().st_mtime] if p.is_file() else None, str(asdict(f))])
+    return out
+
+# %% ../nbs/85_inference.ipynb #325de92e
+def _partial(
+    folder:Path,      # of the strips
+    settings:dict,    # of this run
+    resume:bool,      # go on where another run stopped
+):
+    "Make or take over the folder of strips"
+    file, now = folder/'settings.json', json.loads(json.dumps(settings))
+    if not resume: shutil.rmtree(folder, ignore_errors=True)
+    if file.exists():
+        try: then = json.loads(file.read_text())
+        except ValueError: then = {}
+        differ = [k for k in now if then.get(k) != now[k]]
+        if differ:
+            raise DataError(f'holds the beginning of a map with another {", ".join(differ)}', folder,
+                            fix='Delete the folder, pass resume=False (--fresh) to start again, or write to another file.')
+        return
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tmp = folder/'settings.part'
+        tmp.write_text(json.dumps(now, indent=1)); os.replace(tmp, file)
+
+# %% ../nbs/85_inference.ipynb #db5cc1b1
+def _check_out(path, suffixes=('.tif', '.tiff')): # -> Path that can be written to
+    p = Path(path)
+    if p.is_dir(): raise DataError('this is a folder', p, fix=f'Name a file in it: {p/"map"}{suffixes[0]}.')
+    if p.suffix.lower() not in suffixes: raise DataError(f'a map is not written as {p.suffix or "a file without suffix"}', p, fix=f'Name it {p.stem}{suffixes[0]}.')
+    near = next(o for o in p.absolute().parents if o.exists())
+    if not near.is_dir() or not os.access(near, os.W_OK): raise DataError('this folder cannot be written to', near, fix='Choose another one.')
+    if p.exists() and not os.access(p, os.W_OK): raise DataError('this file must not be written to', p, fix='Choose another name.')
+    return p
+
+# %% ../nbs/85_inference.ipynb #d6541cdc
+@dataclass
+class MapResult:
+    "What was made"
+    path:Path # the map
+    pixels:int # of the map
+    valid:int # pixels that are not nodata
+    windows:int # predicted in this run
+    skipped:int # windows without a valid pixel in this run
+    resumed:int # strips that an earlier run had finished
+    seconds:float # of this run
+    probabilities:Path|None=None # the second file
+    shares:dict=field(default_factory=dict) # class -> share of the valid pixels
+
+    def __str__(self):
+        most = sorted(self.shares.items(), key=lambda o: -o[1])[:5]
+        more = f', {", ".join(f"{n} {s:.0%}" for n, s in most)}' if most else ''
+        took = f'{self.windows} windows, {self.skipped} skipped' + f', {self.resumed} strips resumed'*(self.resumed > 0)
+        return f'{self.path}: {self.pixels:,} px, {self.valid/max(1, self.pixels):.0%} valid{more} ({took}, {self.seconds:.1f} s)'
+
+# %% ../nbs/85_inference.ipynb #81fbdddc
+def predict_scene(
+    model,                    # see "What a model is"
+    scene,                    # `scenes.open(name)`, {modality: file}, or a name with `scenes`: see `open_scene`
+    out,                      # 'map.tif'; one that is there is replaced at the end
+    scene2=None,              # second date, for change: on the same grid
+    scenes=None,              # the `Scenes` that `scene` and `scene2` belong to
+    task:str|None=None,       # what the map should be: a model for something else is an error
+    window:int|None=None,     # side, anchor px; None: the model's tile
+    overlap:float=.25,        # of neighbours: below 1 a share of the window, else anchor px
+    bs:int=8,                 # windows per batch
+    probabilities=False,      # write them too: True = beside the map as map_probabilities.tif, or a path
+    require=None,             # modalities that must be valid for a pixel of the map; None: the anchor, 'all': each
+    device=None,              # None: where the model is
+    half:bool=False,          # bfloat16 where it is safe
+    resume:bool=True,         # go on where a killed run stopped; False: start afresh
+    progress:bool=True,       # show a bar
+    panel:int=8192,           # most columns at once, anchor px
+) -> MapResult:
+    "Map a whole scene: GeoTIFF(s) with CRS, nodata, colours and names"
+    _check_task(model, task, scene2 is not None)
+    out = _check_out(out)
+    extra = out.with_name(f'{out.stem}_probabilities.tif') if probabilities is True else _check_out(probabilities) if probabilities else None
+    if extra and model.classes is None: raise DataError(f'a model for {model.task} has no probabilities', extra, fix='Leave probabilities out.')
+    folder = out.with_name(out.name + '.partial')
+    both = [open_scene(s, model, scenes) for s in (scene, scene2) if s is not None]
+    with _open_dates(both, model, require) as dates:
+        t = plan_tiling(dates[0].reader, model, window, overlap, panel=panel)
+        maps = sheets_of(model, out, folder, extra, dict(window=t.window, overlap=t.overlap, model=weights_digest(model)))
+        check = lambda x, ok, row: _check_map(model, x, ok, row)
+        return make_map(Mapper(model, device, half), dates, t, maps, check, bs, resume, progress)
+
+# %% ../nbs/85_inference.ipynb #307ff203
+def _settings(mapper, dates, t, maps): # what makes two runs the same map
+    r = dates[0].reader
+    grid = dict(transform=list(r.transform[:6]), crs=r.crs and r.crs.to_wkt())
+    plan = {f: getattr(t, f) for f in ('height', 'width', 'window', 'overlap', 'step', 'unit', 'panel')}
+    about = [dict(file=s.path.name, bands=s.names, bits=s.bits) for s, _ in maps]
+    return dict(version=__version__, model=weights_digest(mapper.model), files=[_files(d) for d in dates], grid=grid, windows=plan,
+                require=dates[0].need, half=mapper.half, outputs=about)
+
+# %% ../nbs/85_inference.ipynb #ad408f23
+def make_map(
+    mapper:Mapper,      # not yet entered
+    dates:list,         # of `Date`
+    t:Tiling,           # where the windows lie
+    maps:list,          # of (`Sheet`, function), as `sheets_of` gives them
+    check=None,         # function (mean, valid, row) that raises where a strip is wrong
+    bs:int=8,           # windows per batch
+    resume:bool=True,   # go on where a killed run stopped
+    progress:bool=True, # show a bar
+) -> MapResult:
+    "The strips, the files, the names"
+    start, (first, _), r = time.time(), maps[0], dates[0].reader
+    _partial(first.folder, _settings(mapper, dates, t, maps), resume)
+    whole = lambda k, j: all(s.has(k, j) for s, _ in maps)
+    done = [next((j for j in range(len(t.rows)) if not whole(k, j)), len(t.rows)) for k in range(len(t.panels))]
+    bar = tqdm(total=len(t.rows)*len(t.panels), initial=sum(done), desc=first.path.name, unit='strip', disable=not progress)
+    with mapper, bar:
+        for k, j, x, ok in blended(mapper, dates, t, bs, done):
+            if check and x is not None: check(x, ok, t.rows[j])
+            for s, f in maps: s.put(k, j, f(x, ok))
+            bar.update()
+    grid = dict(transform=r.grid.coarser(t.unit).transform, crs=r.crs)
+    counts = [s.finish(t, grid) for s, _ in maps][0]
+    for s, _ in maps[::-1]: s.publish()
+    shutil.rmtree(first.folder, ignore_errors=True)
+    valid = int(counts[:255].sum())
+    shares = {c: float(n/max(1, valid)) for c, n in zip(first.classes or (), counts)}
+    return MapResult(first.path, math.prod(t.shape), valid, mapper.windows, mapper.skipped, sum(done), time.time() - start,
+                     maps[1][0].path if len(maps) > 1 else None, shares)
+
+# %% ../nbs/85_inference.ipynb #a87b6ad4
+_GPKG = """
+CREATE TABLE gpkg_spatial_ref_sys (srs_name TEXT NOT NULL, srs_id INTEGER NOT NULL PRIMARY KEY, organization TEXT NOT NULL,
+  organization_coordsys_id INTEGER NOT NULL, definition TEXT NOT NULL, description TEXT);
+CREATE TABLE gpkg_contents (table_name TEXT NOT NULL PRIMARY KEY, data_type TEXT NOT NULL, identifier TEXT UNIQUE, description TEXT DEFAULT '',
+  last_change DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ','now')), min_x DOUBLE, min_y DOUBLE, max_x DOUBLE, max_y DOUBLE,
+  srs_id INTEGER, CONSTRAINT fk_gc_r_srs_id FOREIGN KEY (srs_id) REFERENCES gpkg_spatial_ref_sys(srs_id));
+CREATE TABLE gpkg_geometry_columns (table_name TEXT NOT NULL, column_name TEXT NOT NULL, geometry_type_name TEXT NOT NULL, srs_id INTEGER NOT NULL,
+  z TINYINT NOT NULL, m TINYINT NOT NULL, CONSTRAINT pk_geom_cols PRIMARY KEY (table_name, column_name), CONSTRAINT uk_gc_table_name UNIQUE (table_name),
+  CONSTRAINT fk_gc_tn FOREIGN KEY (table_name) REFERENCES gpkg_contents(table_name),
+  CONSTRAINT fk_gc_srs FOREIGN KEY (srs_id) REFERENCES gpkg_spatial_ref_sys (srs_id));
+INSERT INTO gpkg_spatial_ref_sys VALUES ('Undefined cartesian SRS', -1, 'NONE', -1, 'undefined', 'undefined cartesian coordinate reference system'),
+  ('Undefined geographic SRS', 0, 'NONE', 0, 'undefined', 'undefined geographic coordinate reference system');
+PRAGMA application_id = 1196444487; PRAGMA user_version = 10300;
+"""
+_WGS84 = ('GEOGCS["WGS 84",DATUM["WGS_1984",SPHEROID["WGS 84",6378137,298.257223563]],PRIMEM["Greenwich",0],UNIT["degree",0.0174532925199433],'
+          'AUTHORITY["EPSG","4326"]]')
+
+# %% ../nbs/85_inference.ipynb #3fd68007
+def gpkg_polygon(
+    rings:list, # of [(x, y), ...], closed, the outer one first
+    srs:int,    # number of the reference system
+) -> bytes:
+    "A polygon as a GeoPackage holds it: header, bounding box, WKB"
+    xy = [np.asarray(r, '<f8') for r in rings]
+    (x0, y0), (x1, y1) = xy[0].min(0), xy[0].max(0)
+    parts = b''.join(struct.pack('<I', len(r)) + r.tobytes() for r in xy)
+    return b'GP\0\3' + struct.pack('<i4d', srs, x0, x1, y0, y1) + struct.pack('<BII', 1, 3, len(xy)) + parts
+
+def _srs(crs): # -> row of gpkg_spatial_ref_sys
+    if crs is None: return None
+    code = crs.to_epsg()
+    return (f'EPSG:{code}' if code else 'of the map', code or 100000, 'EPSG' if code else 'NONE', code or 100000, crs.to_wkt(), None)
+
+# %% ../nbs/85_inference.ipynb #e972b046
+def write_gpkg(
+    path,           # '.gpkg'; one that is there is replaced
+    layer:str,      # name of the table
+    crs,            # of the coordinates, or None
+    fields:dict,    # column -> SQL type
+    rows,           # iterable of (rings, values of the fields)
+) -> int:           # rows written
+    "A layer of polygons as GeoPackage, whole or not at all"
+    path, own, n, box = Path(path), _srs(crs), 0, [math.inf, math.inf, -math.inf, -math.inf]
+    tmp, srs, name = path.with_name(f'.{path.name}.{os.getpid()}'), own[1] if own else -1, layer.replace('"', '')
+    try:
+        with _writing(path):
+            tmp.unlink(missing_ok=True)
+            db = sqlite3.connect(tmp)
+            try:
+                db.executescript(_GPKG)
+                systems = {4326: ('WGS 84 geodetic', 4326, 'EPSG', 4326, _WGS84, None), **({srs: own} if own else {})}
+                db.executemany('INSERT INTO gpkg_spatial_ref_sys VALUES (?,?,?,?,?,?)', systems.values())
+                cols = ', '.join(f'"{k}" {v}' for k, v in fields.items())
+                db.execute(f'CREATE TABLE "{name}" (fid INTEGER PRIMARY KEY AUTOINCREMENT NOT NULL, geom POLYGON, {cols})')
+                into = f'INSERT INTO "{name}" (geom, {", ".join(fields)}) VALUES ({", ".join("?"*(len(fields) + 1))})'
+                for rings, values in rows:
+                    db.execute(into, (gpkg_polygon(rings, srs), *values))
+                    (x0, y0), (x1, y1) = np.min(rings[0], 0), np.max(rings[0], 0)
+                    box, n = [min(box[0], x0), min(box[1], y0), max(box[2], x1), max(box[3], y1)], n + 1
+                ends = [float(v) if n else None for v in box]
+                db.execute("INSERT INTO gpkg_contents (table_name, data_type, identifier, min_x, min_y, max_x, max_y, srs_id) VALUES (?,'features',?,?,?,?,?,?)",
+                           (name, name, *ends, srs))
+                db.execute("INSERT INTO gpkg_geometry_columns VALUES (?,'geom','POLYGON',?,0,0)", (name, srs))
+                db.commit()
+            finally: db.close()
+            os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
+    return n
+
+# %% ../nbs/85_inference.ipynb #65452ec2
+@dataclass
+class VectorResult:
+    "What was made"
+    path:Path # the GeoPackage
+    features:int # polygons
+    seconds:float
+    def __str__(self): return f'{self.path}: {self.features:,} polygons ({self.seconds:.1f} s)'
+
+def _area(rings, unit): # shoelace, the outer ring less its holes
+    a = [abs(np.dot(x[:-1], y[1:]) - np.dot(x[1:], y[:-1]))/2 for x, y in ((r - r[0]).T for r in map(np.asarray, rings))]
+    return float((a[0] - sum(a[1:]))*unit**2)
+
+# %% ../nbs/85_inference.ipynb #9e2fe8e2
+def _patches(f, rows, least, names, colors, wanted): # -> (rings, (value, class, color, area)) of all strips
+    metric = f.crs.linear_units_factor[1] if f.crs and f.crs.is_projected else None
+    for top in range(0, f.height, rows):
+        win = Window(0, top, f.width, min(rows, f.height - top))
+        x = f.read(1, window=win)
+        ok = x != (255 if f.nodata is None else f.nodata)
+        if least > 1: x = np.where(ok, sieve(x, least, mask=ok), x)
+        for g, v in shapes(x, mask=ok & np.isin(x, wanted), transform=f.window_transform(win)):
+            v, rings = int(v), g['coordinates']
+            yield rings, (v, names.get(v), '#%02x%02x%02x' % colors[v][:3] if v in colors else None, _area(rings, metric) if metric else None)
+
+# %% ../nbs/85_inference.ipynb #4eb5fde5
+def polygons(
+    path,             # a class map of `predict_scene`, or any uint8 raster
+    out,              # '.gpkg'; one that is there is replaced
+    classes=None,     # names or numbers of those wanted; None: all
+    least:int=0,      # px: smaller patches go to their largest neighbour
+    rows:int=8192,    # rows read at once; polygons are cut where two such strips meet
+    layer:str|None=None, # its name; None: that of the map
+) -> VectorResult:
+    "The patches of a class map as polygons in a GeoPackage"
+    start, path, out = time.time(), Path(path), _check_out(out, ('.gpkg',))
+    if not path.is_file(): raise DataError('there is no such map', path, fix='Make it with predict_scene.')
+    try: f = rasterio.open(path)
+    except RasterioError: raise DataError('GDAL cannot read this', path, fix='Pass a map of predict_scene.') from None
+    with f:
+        if f.count > 1 or f.dtypes[0] != 'uint8':
+            raise DataError(f'{f.count} bands of {f.dtypes[0]} are no class map', path, fix='Pass the map of classes, not probabilities or heights.')
+        names = {int(k[6:]): v for k, v in f.tags(1).items() if k.startswith('CLASS_')}
+        try: colors = f.colormap(1)
+        except ValueError: colors = {}
+        number = {v: k for k, v in names.items()}
+        wanted = list(range(256)) if classes is None else [c if isinstance(c, int) else number[pick(c, number, 'class', path)] for c in classes]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        fields = dict(value='INTEGER', name='TEXT', color='TEXT', area_m2='REAL')
+        n = write_gpkg(out, layer or path.stem, f.crs, fields, _patches(f, rows, least, names, colors, wanted))
+    return VectorResult(out, n, time.time() - start)
+
+# %% ../nbs/85_inference.ipynb #073d1d21
+class TokenMap(nn.Module):
+    "An encoder as a model: a map of one modality's tokens"
+    task, classes, colors, unit = 'embedding', None, None, None
+    def __init__(self,
+        encoder,            # `MultiModalViT`, `Backbone` or like them
+        modality=None,      # which one; None: the anchor
+        normalize=None,     # `Normalize` of its training; None: from the statistics that came with the file
+    ):
+        super().__init__()
+        self.encoder, self.anchor = encoder, pick(modality or encoder.anchor, encoder.modalities, 'modality of the encoder')
+        m, stats, sizes = self.anchor, getattr(encoder, 'stats', None), getattr(encoder, 'sizes', None) or {}
+        self.modalities, self.patch = {m: encoder.modalities[m]}, encoder.patch_size[m]
+        self.tile = max(sizes[m]) if sizes.get(m) else 8*self.patch
+        if normalize is None and not (stats and m in stats):
+            raise DataError(f"the encoder came without statistics of '{m}'", fix='Pass normalize=Normalize(store.modalities, store.stats).')
+        self.normalize = normalize or Normalize(self.modalities, stats)
+
+    def forward(self, batch): # (B, D, gh, gw)
+        e, m, x = self.encoder, self.anchor, batch.images[self.anchor]
+        if not isinstance(e, MultiModalViT): return e.feature_map(x, m)
+        seen = None if batch.full else token_shares(batch.valid[m], self.patch) > 0
+        return as_map(e(x, m, key_valid=seen), 'NLC', e.grid(m, x.shape[-2:]), 1)
+
+    def activate(self, out): return out
+
+# %% ../nbs/85_inference.ipynb #b569d2ab
+def embed_scene(
+    encoder,                # of a method, or from `load_encoder`
+    scene,                  # see `open_scene`
+    out,                    # '.tif'; one that is there is replaced at the end
+    modality:str|None=None, # which of the encoder's; None: the anchor
+    scenes=None,            # the `Scenes` that `scene` belongs to
+    normalize=None,         # `Normalize` of its training; None: from the statistics that came with the encoder's file
+    window:int|None=None,   # side, px of the modality; None: as last trained
+    overlap:float=.25,      # of neighbours: below 1 a share of the window, else px
+    bs:int=8,               # windows per batch
+    bits:int=16,            # of a number on disk: 16 or 32
+    device=None,            # None: where the encoder is
+    half:bool=False,        # bfloat16 where it is safe
+    resume:bool=True,       # go on where a killed run stopped
+    progress:bool=True,     # show a bar
+) -> MapResult:
+    "Embeddings of a whole scene: a pixel per token, a band per feature"
+    model, out = TokenMap(encoder, modality, normalize), _check_out(out)
+    with open_scene(scene, model, scenes) as r:
+        t, date, mapper = plan_tiling(r, model, window, overlap, model.patch), Date(r, model), Mapper(model, device, half)
+        with mapper: n = mapper([[date.read(0, 0, t.window)[:2]]], t.weights).shape[1]
+        mapper.windows = 0
+        tags = dict(rs_selfsup=__version__, task='embedding', modality=model.anchor, model=weights_digest(model))
+        kw = dict(dtype='float32', nodata=math.nan, bits=16 if bits == 16 else None, tags=tags)
+        sheet = Sheet(out, out.with_name(out.name + '.partial'), names=[f'feature {i}' for i in range(n)], **kw)
+        return make_map(mapper, [date], t, [(sheet, lambda x, ok: _values(x, ok, n))], None, bs, resume, progress)
+
+# %% ../nbs/85_inference.ipynb #bcfaf6b9
+def pca_picture(
+    path,             # of `embed_scene`
+    out,              # '.png' or '.tif'
+    sample:int=20000, # tokens that the components are fitted on
+    seed:int=0,       # which ones
+) -> np.ndarray:      # (h, w, 4) uint8, transparent where nodata
+    "Three principal components of an embedding raster as red, green and blue"
+    out, rng = _check_out(out, ('.png', '.tif', '.tiff')), np.random.default_rng(seed)
+    with rasterio.open(path) as f:
+        rows = max(1, (1 << 25)//(f.width*f.count))
+        wins = [Window(0, a, f.width, min(rows, f.height - a)) for a in range(0, f.height, rows)]
+        some = [_tokens(f.read(window=w), rng, sample//len(wins) + 1) for w in wins]
+        mean, basis, lo, hi = _components(np.concatenate(some), path)
+        rgba = np.zeros((f.height, f.width, 4), np.uint8)
+        for w in wins:
+            x = f.read(window=w)
+            y = np.einsum('khw,kc->hwc', np.nan_to_num(x) - mean[:, None, None], basis)
+            rgba[w.toslices()] = np.dstack([((y - lo)/(hi - lo)).clip(0, 1)*255, np.isfinite(x[0])*255.]).round()
+        kind = dict(driver='PNG' if out.suffix == '.png' else 'GTiff', count=4, dtype='uint8', height=f.height, width=f.width)
+        if out.suffix != '.png': kind.update(crs=f.crs, transform=f.transform, compress='deflate', photometric='rgb')
+    tmp = out.with_name(f'.{out.stem}.{os.getpid()}{out.suffix}')
+    try:
+        with _writing(out):
+            with rasterio.open(tmp, 'w', **kind) as g:
+                g.colorinterp = ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha
+                g.write(rgba.transpose(2, 0, 1))
+            os.replace(tmp, out)
+    finally:
+        tmp.unlink(missing_ok=True); Path(f'{tmp}.aux.xml').unlink(missing_ok=True)
+    return rgba
+
+# %% ../nbs/85_inference.ipynb #87ec3760
+def _tokens(x, rng, n): # (K, h, w) -> at most n valid ones, (n, K)
+    x = x.reshape(len(x), -1).T
+    at = np.flatnonzero(np.isfinite(x[:, 0]))
+    return x[np.sort(rng.choice(at, min(n, len(at)), replace=False))].astype(np.float64)
+
+def _components(x, path): # -> mean (K,), basis (K, 3), 2nd and 98th percentile of each
+    if len(x) < 4: raise DataError(f'{len(x)} valid tokens have no principal components', path, fix='Choose a scene with more of them.')
+    mean = x.mean(0)
+    basis = np.linalg.eigh((x - mean).T@(x - mean))[1][:, ::-1][:, :3]
+    basis = np.pad(basis*np.sign(basis[np.abs(basis).argmax(0), range(basis.shape[1])]), ((0, 0), (0, 3 - basis.shape[1])))
+    lo, hi = np.percentile((x - mean)@basis, (2, 98), 0)
+    return mean, basis, lo, np.maximum(hi, lo + 1e-9)
+
+# %% ../nbs/85_inference.ipynb #99bc0102
+def stretched_scene(
+    folder,          # where the files go
+    modalities:dict, # name -> `Modality`
+    n:int,           # side of the scene, px of the finest modality
+    side:int=64,     # of the files behind it, px
+    seed:int=0,      # of their values
+) -> dict:           # modality -> file
+    "A scene of any size from small files"
+    rng, out, gsd = np.random.default_rng(seed), {}, min(m.gsd for m in modalities.values())
+    for name, m in modalities.items():
+        wide, (lo, hi) = -(-n//round(m.gsd/gsd)), np.array([b.limits for b in m.bands], float).T[..., None, None]
+        x = (lo + (hi - lo)*rng.uniform(.4, .6, (m.n_bands, side, side)) - np.reshape(m.offsets, (-1, 1, 1)))/np.reshape(m.scales, (-1, 1, 1))
+        x, path = x.astype('uint8' if set(m.units) == {'DN8'} else 'float32'), Path(folder)/f'{name}.vrt'
+        with rasterio.open(path.with_suffix('.tif'), 'w', driver='GTiff', count=m.n_bands, height=side, width=side, dtype=x.dtype) as f: f.write(x)
+        kind = {'uint8': 'Byte', 'float32': 'Float32'}[str(x.dtype)]
+        bands = ''.join(f'<VRTRasterBand dataType="{kind}" band="{i}"><SimpleSource><SourceFilename relativeToVRT="1">{name}.tif</SourceFilename>'
+                        f'<SourceBand>{i}</SourceBand><SrcRect xOff="0" yOff="0" xSize="{side}" ySize="{side}"/>'
+                        f'<DstRect xOff="0" yOff="0" xSize="{wide}" ySize="{wide}"/></SimpleSource></VRTRasterBand>' for i in range(1, m.n_bands + 1))
+        path.write_text(f'<VRTDataset rasterXSize="{wide}" rasterYSize="{wide}"><SRS>EPSG:32631</SRS>'
+                        f'<GeoTransform>400000, {m.gsd}, 0, 5000000, 0, {-m.gsd}</GeoTransform>{bands}</VRTDataset>')
+        out[name] = str(path)
+    return out
+
+# %% ../nbs/85_inference.ipynb #f5cc249e
+def predict_memory(
+    n:int=4000,  # side of the scene, px
+    model=None,  # one whose class can be imported; None: a small `ToyModel`
+    **kw         # to `predict_scene`
+) -> float:      # MiB
+    "Peak memory of `predict_scene` beyond the libraries and the model, in a process of its own"
+    model = model or ToyModel({'rgb': preset('rgb', 1.)}, kernel=3, tile=256, width=4)
+    with tempfile.TemporaryDirectory() as tmp:
+        torch.save((model, stretched_scene(tmp, model.modalities, n), kw), f'{tmp}/job.pt')
+        call = 'import sys; from rs_selfsup.inference import _measure; print(_measure(sys.argv[1]))'
+        env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}
+        done = subprocess.run([sys.executable, '-c', call, tmp], env=env, text=True, capture_output=True)
+    if done.returncode: raise RuntimeError(f'the measuring process failed: {done.stderr[-600:]}')
+    return float(done.stdout.split()[-1])
+
+def _measure(folder): # in the child
+    model, scene, kw = torch.load(f'{folder}/job.pt', weights_only=False)
+    try: Path('/proc/self/clear_refs').write_text('5')              # the peak so far is forgotten
+    except OSError: pass
+    before = _memory('VmRSS')
+    predict_scene(model, scene, f'{folder}/map.tif', **{'progress': False, **kw})
+    return _memory('VmHWM') - before
+
+def _memory(what): # MiB, of this process
+    try: return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(what))/1024
+    except OSError: # macOS: the peak alone, in bytes
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
