@@ -28,9 +28,9 @@ from . import __version__
 from .backbones import as_map
 from .data.augment import Batch, Normalize
 from .data.loading import fill_valid, to_tensor
-from .data.rasters import Scene, SceneReader, Scenes, parse_raster, pixel_size
+from .data.rasters import Scene, SceneReader, Scenes, parse_raster
 from .encoders import MultiModalViT, token_shares
-from .modalities import DataError, Modality, pick, preset
+from .modalities import DataError, pick, preset
 
 # %% ../nbs/85_inference.ipynb #49cda50c
 class ToyModel(nn.Module):
@@ -328,7 +328,7 @@ def blended(
 ):                 # yields (panel, window row, (K, h, w) float32 or None where nothing was predicted, (h, w) valid)
     "The finished strips of a scene, one after the other"
     u, w = t.unit, t.weights
-    for k, (a, b, cols) in enumerate(t.panels):
+    for k, (a, _, cols) in enumerate(t.panels):
         start = done[k] if k < len(done) else 0
         if start == len(t.rows): continue
         buf = Canvas(t.window//u, t.strip(k, 0).width)
@@ -424,7 +424,8 @@ def _writing(path): # whatever goes wrong while writing, in one sentence
     except DataError: raise
     except Exception as e:
         while e.__cause__ is not None: e = e.__cause__
-        full = getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(w in str(e).lower() for w in ('no space', 'disk is full', 'too large'))
+        full = getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = full or any(w in str(e).lower() for w in ('no space', 'disk is full', 'too large'))
         why = (str(e).splitlines() or [type(e).__name__])[0].rstrip('.')[:160]
         fix = 'Make room on the disk' if full else 'Look whether the disk is full and the folder may be written to'
         raise DataError(f'it could not be written ({why}); no map was left', path, fix=f'{fix}, and run it again: finished strips are kept.') from None
@@ -467,6 +468,7 @@ def put(self:Sheet,
     "Write a finished strip, and see that it is right"
     tmp, x = self.strip(k, j).with_suffix('.part'), np.ascontiguousarray(x)
     with _writing(self.path):
+        tmp.unlink(missing_ok=True)                                 # half a strip of a run that was killed
         with rasterio.open(tmp, 'w', driver='GTiff', height=x.shape[1], width=x.shape[2], **self.kind) as f: f.write(x)
         with rasterio.open(tmp) as f: y = f.read()
         if self.bits is None and not np.array_equal(x, y, equal_nan=x.dtype.kind == 'f'): raise OSError('what was written reads otherwise')
@@ -494,6 +496,7 @@ def finish(self:Sheet,
     tiles = dict(tiled=True, blockxsize=self.block, blockysize=self.block, interleave='band')
     how = 'nearest' if self.classes else 'average'
     with _writing(self.path):
+        for p in (whole, cog): p.unlink(missing_ok=True)
         with rasterio.open(whole, 'w', driver='GTiff', height=t.shape[0], width=t.shape[1], **self.kind, **grid, **tiles) as f:
             self._describe(f)
             for k, j in at:
@@ -549,8 +552,9 @@ def sheets_of(
         unit = {'m': 'metre'}.get(model.unit, model.unit)
         return [(Sheet(out, dtype='float32', nodata=math.nan, names=[model.task], unit=unit, **kw), lambda x, ok: _values(x, ok, 1))]
     n = len(model.classes)
-    maps = [(Sheet(out, dtype='uint8', nodata=255, names=[model.task], classes=list(model.classes), colors=class_colors(model), **kw), _labels)]
-    if probabilities: maps.append((Sheet(probabilities, dtype='uint8', nodata=255, names=list(model.classes), scale=.005, **kw), lambda x, ok: _shares(x, ok, n)))
+    kw.update(dtype='uint8', nodata=255)
+    maps = [(Sheet(out, names=[model.task], classes=list(model.classes), colors=class_colors(model), **kw), _labels)]
+    if probabilities: maps.append((Sheet(probabilities, names=list(model.classes), scale=.005, **kw), lambda x, ok: _shares(x, ok, n)))
     return maps
 
 # %% ../nbs/85_inference.ipynb #00d1963f
@@ -616,7 +620,8 @@ def _partial(
 def _check_out(path, suffixes=('.tif', '.tiff')): # -> Path that can be written to
     p = Path(path)
     if p.is_dir(): raise DataError('this is a folder', p, fix=f'Name a file in it: {p/"map"}{suffixes[0]}.')
-    if p.suffix.lower() not in suffixes: raise DataError(f'a map is not written as {p.suffix or "a file without suffix"}', p, fix=f'Name it {p.stem}{suffixes[0]}.')
+    if p.suffix.lower() not in suffixes:
+        raise DataError(f'a map is not written as {p.suffix or "a file without suffix"}', p, fix=f'Name it {p.stem}{suffixes[0]}.')
     near = next(o for o in p.absolute().parents if o.exists())
     if not near.is_dir() or not os.access(near, os.W_OK): raise DataError('this folder cannot be written to', near, fix='Choose another one.')
     if p.exists() and not os.access(p, os.W_OK): raise DataError('this file must not be written to', p, fix='Choose another name.')
@@ -653,7 +658,7 @@ def predict_scene(
     window:int|None=None,     # side, anchor px; None: the model's tile
     overlap:float=.25,        # of neighbours: below 1 a share of the window, else anchor px
     bs:int=8,                 # windows per batch
-    probabilities=False,      # write them too: True = beside the map as map_probabilities.tif, or a path
+    probabilities:bool=False, # write them too, beside the map: map_probabilities.tif
     require=None,             # modalities that must be valid for a pixel of the map; None: the anchor, 'all': each
     device=None,              # None: where the model is
     half:bool=False,          # bfloat16 where it is safe
@@ -664,7 +669,7 @@ def predict_scene(
     "Map a whole scene: GeoTIFF(s) with CRS, nodata, colours and names"
     _check_task(model, task, scene2 is not None)
     out = _check_out(out)
-    extra = out.with_name(f'{out.stem}_probabilities.tif') if probabilities is True else _check_out(probabilities) if probabilities else None
+    extra = _check_out(out.with_name(f'{out.stem}_probabilities.tif')) if probabilities else None
     if extra and model.classes is None: raise DataError(f'a model for {model.task} has no probabilities', extra, fix='Leave probabilities out.')
     folder = out.with_name(out.name + '.partial')
     both = [open_scene(s, model, scenes) for s in (scene, scene2) if s is not None]
@@ -674,7 +679,13 @@ def predict_scene(
         check = lambda x, ok, row: _check_map(model, x, ok, row)
         return make_map(Mapper(model, device, half), dates, t, maps, check, bs, resume, progress)
 
-# %% ../nbs/85_inference.ipynb #307ff203
+# %% ../nbs/85_inference.ipynb #ca69fa8b
+def _not_an_input(dates, paths): # a map does not replace what it was made from
+    for d in dates:
+        for f in (f for files in d.reader.scene.rasters.values() for f in files):
+            if Path(f.path).resolve() in [p.resolve() for p in paths]:
+                raise DataError('this is a file of the scene', f.path, fix='Choose another name for the map.')
+
 def _settings(mapper, dates, t, maps): # what makes two runs the same map
     r = dates[0].reader
     grid = dict(transform=list(r.transform[:6]), crs=r.crs and r.crs.to_wkt())
@@ -696,6 +707,7 @@ def make_map(
 ) -> MapResult:
     "The strips, the files, the names"
     start, (first, _), r = time.time(), maps[0], dates[0].reader
+    _not_an_input(dates, [s.path for s, _ in maps])
     _partial(first.folder, _settings(mapper, dates, t, maps), resume)
     whole = lambda k, j: all(s.has(k, j) for s, _ in maps)
     done = [next((j for j in range(len(t.rows)) if not whole(k, j)), len(t.rows)) for k in range(len(t.panels))]
@@ -775,8 +787,8 @@ def write_gpkg(
                     (x0, y0), (x1, y1) = np.min(rings[0], 0), np.max(rings[0], 0)
                     box, n = [min(box[0], x0), min(box[1], y0), max(box[2], x1), max(box[3], y1)], n + 1
                 ends = [float(v) if n else None for v in box]
-                db.execute("INSERT INTO gpkg_contents (table_name, data_type, identifier, min_x, min_y, max_x, max_y, srs_id) VALUES (?,'features',?,?,?,?,?,?)",
-                           (name, name, *ends, srs))
+                into = 'INSERT INTO gpkg_contents (table_name, data_type, identifier, min_x, min_y, max_x, max_y, srs_id) VALUES (?,?,?,?,?,?,?,?)'
+                db.execute(into, (name, 'features', name, *ends, srs))
                 db.execute("INSERT INTO gpkg_geometry_columns VALUES (?,'geom','POLYGON',?,0,0)", (name, srs))
                 db.commit()
             finally: db.close()
@@ -807,7 +819,7 @@ def _patches(f, rows, least, names, colors, wanted): # -> (rings, (value, class,
         if least > 1: x = np.where(ok, sieve(x, least, mask=ok), x)
         for g, v in shapes(x, mask=ok & np.isin(x, wanted), transform=f.window_transform(win)):
             v, rings = int(v), g['coordinates']
-            yield rings, (v, names.get(v), '#%02x%02x%02x' % colors[v][:3] if v in colors else None, _area(rings, metric) if metric else None)
+            yield rings, (v, names.get(v), f'#{bytes(colors[v][:3]).hex()}' if v in colors else None, _area(rings, metric) if metric else None)
 
 # %% ../nbs/85_inference.ipynb #4eb5fde5
 def polygons(
