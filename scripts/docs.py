@@ -28,8 +28,8 @@ DECADES = [
     (30, 39, "Losses"),
     (40, 59, "Encoders and methods"),
     (60, 61, "Training"),
-    (62, 79, "Evaluation and use"),
-    (80, 99, "Command line and recipes"),
+    (62, 89, "Evaluation and use"),
+    (90, 99, "Command line and recipes"),
 ]
 ABOUT = {"CONTRIBUTING.md": "about/contributing.md", "CHANGELOG.md": "about/changelog.md"}
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s]+)((?:\s+\"[^\"]*\")?\))(\{target=[^}]*\})?")

@@ -58,12 +58,12 @@ class Kill(Callback):
     order = 19
 
     def after_pred(self):
-        if self.training and self.learn.step == 15:
+        if self.training and self.learn.step == 17:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def killed_run(store, folder, **kw):
-    return train(make(store, mode="finetune", decoder="fpn", width=8), 3, checkpoint_dir=folder, save_every=6, **kw)
+    return train(make(store, mode="finetune", decoder="fpn", width=8), 3, checkpoint_dir=folder, save_every=5, **kw)
 
 
 def test_killed_and_resumed_is_the_same_run(store, tmp_path):
@@ -73,7 +73,7 @@ def test_killed_and_resumed_is_the_same_run(store, tmp_path):
     p = subprocess.run(args, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}, capture_output=True, text=True, timeout=300)
     assert p.returncode == -signal.SIGKILL, p.stderr[-2000:]
     c = read_checkpoint(tmp_path / "cut")
-    assert c["step"] == 12 and c["step"] % len(whole.dls.train)  # in the middle of an epoch
+    assert c["step"] == 15 and c["step"] % len(whole.dls.train)  # in the middle of an epoch
     torch.manual_seed(0)
     again = killed_run(store, tmp_path / "cut", resume=True)
     a, b = whole.method.state_dict(), again.method.state_dict()
