@@ -536,6 +536,7 @@ def find_scene(
 ) -> tuple:  # scene, second, scenes, as `inference.predict_scene` takes them
     "What the command line means by a scene."
     from rs_selfsup.data.rasters import load_scenes
+    from rs_selfsup.inference import other_date
 
     files = lambda given: dict(g.split("=", 1) for g in given)
     if all("=" in g for g in given):
@@ -549,12 +550,13 @@ def find_scene(
     if model.dates == 1: return scene.name, None, scenes
     if second: return scene.name, (files(second) if "=" in second[0] else second[0]), scenes
     missing = [s for s in model.pairs.values() if s not in scene.rasters]
-    if missing: raise DataError(f"scene {scene.name!r} has no {missing[0]}", file=given[0], fix="Give the second date by --second.")
-    return scene.name, {m: scene.rasters[s] for m, s in model.pairs.items()}, scenes
+    if missing: raise DataError(f"scene '{scene.name}' has no {missing[0]}", file=given[0], fix="Give the second date by --second.")
+    return scene.name, other_date(scenes.open(scene.name), **model.pairs), scenes
 
 # %% ../nbs/95_cli.ipynb #cf41824b
 def _add_predict(commands):
-    p = _command(commands, "predict", predict, "map a whole scene with a model of finetune", "run/model.safetensors scenes.yaml map.tif --name scene_00 --polygons map.gpkg")
+    example = "run/model.safetensors scenes.yaml map.tif --name scene_00 --polygons map.gpkg"
+    p = _command(commands, "predict", predict, "map a whole scene with a model of finetune", example)
     p.add_argument("model", type=Path, help="model.safetensors of finetune")
     p.add_argument("scene", nargs="+", help="scene file; or NAME=FILE for each modality")
     p.add_argument("out", type=Path, help="GeoTIFF to write; a killed run goes on when it is started again")

@@ -28,7 +28,9 @@ DECADES = [
     (30, 39, "Losses"),
     (40, 59, "Encoders and methods"),
     (60, 61, "Training"),
-    (62, 89, "Evaluation and use"),
+    (62, 69, "Evaluation and export"),
+    (70, 79, "Downstream tasks"),
+    (80, 89, "Whole scenes"),
     (90, 99, "Command line and recipes"),
 ]
 ABOUT = {"CONTRIBUTING.md": "about/contributing.md", "CHANGELOG.md": "about/changelog.md"}
