@@ -36,6 +36,8 @@ DECADES = [
 ABOUT = {"CONTRIBUTING.md": "about/contributing.md", "CHANGELOG.md": "about/changelog.md"}
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s]+)((?:\s+\"[^\"]*\")?\))(\{target=[^}]*\})?")
 
+TWICE = re.compile(r"\[\[([^\[\]]+)\]\([^()\s]+\)\]\(")  # a symbol that nbdev linked inside a link of the author's
+
 SHOWN = {}  # page -> the symbols that `show_doc` shows on it, as anchors
 
 
@@ -88,7 +90,7 @@ def relink(text, page, folder, cfg, pages):
             return f"{before}{cfg['git_url']}/{kind}/{cfg['branch']}/{place}{tail_}{after}"
         return match.group()  # MkDocs will complain, naming the page
 
-    return outside_code(text, lambda part: LINK.sub(one, part))
+    return outside_code(text, lambda part: LINK.sub(one, TWICE.sub(r"[\1](", part)))
 
 
 def outside_code(text, change):

@@ -143,7 +143,8 @@ def test_statistics_are_those_of_the_encoder_and_of_the_first_date(store, tmp_pa
     stats = {"rgb": {k: [v + 7 for v in vs] if k == "mean" else vs for k, vs in store.stats["rgb"].items()}}
     export_encoder(vit(store), tmp_path / "enc.safetensors", modality="all", stats=stats, size=(32, 32))
     learn = make(store, ChangeLearner, tmp_path / "enc.safetensors")
-    for n in (learn.dls.normalize, learn.task_model.normalize, learn.dls.train.augment.normalize, load_model(save_model(learn.task_model, tmp_path / "m.safetensors")).normalize):
+    again = load_model(save_model(learn.task_model, tmp_path / "m.safetensors"))
+    for n in (learn.dls.normalize, learn.task_model.normalize, learn.dls.train.augment.normalize, again.normalize):
         for m in ("rgb", "rgb_t2"):
             assert n.const(m, "mean", torch.empty(0)).flatten().tolist() == pytest.approx(stats["rgb"]["mean"])
 
