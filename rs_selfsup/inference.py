@@ -493,7 +493,8 @@ def finish(self:Sheet,
     "Strips -> COG, still in the folder; read back and compared"
     whole, cog, counts = self.folder/f'{self.path.stem}.whole.tif', self.folder/f'{self.path.stem}.cog.tif', np.zeros(256, np.int64)
     at = [(k, j) for j in range(len(t.rows)) for k in range(len(t.panels))]
-    tiles = dict(tiled=True, blockxsize=self.block, blockysize=self.block, interleave='band')
+    side = min(self.block, max(16, 1 << (max(t.shape) - 1).bit_length()))    # a small map is not padded to a large tile
+    tiles = dict(tiled=True, blockxsize=side, blockysize=side, interleave='band')
     how = 'nearest' if self.classes else 'average'
     with _writing(self.path):
         for p in (whole, cog): p.unlink(missing_ok=True)
@@ -504,7 +505,7 @@ def finish(self:Sheet,
                 f.write(x, window=t.strip(k, j))
                 counts += np.bincount(x[0].ravel(), minlength=256) if self.classes else np.eye(1, 256, dtype=int)[0]*int(_known(x[0]).sum())
         more = {k: v for k, v in self.kind.items() if k in ('compress', 'bigtiff', 'nbits')}
-        rasterio.shutil.copy(whole, cog, driver='COG', blocksize=self.block, overview_resampling=how, **more)
+        rasterio.shutil.copy(whole, cog, driver='COG', blocksize=side, overview_resampling=how, **more)
         with rasterio.open(cog) as f:
             for k, j in at:
                 if not np.array_equal(f.read(window=t.strip(k, j)), _read(self.strip(k, j)), equal_nan=self.dtype != 'uint8'):
