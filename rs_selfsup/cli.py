@@ -522,7 +522,7 @@ def predict(args):
 
     model = load_model(args.model)
     scene, second, scenes = find_scene(args.scene, model, args.name, args.second)
-    same = dict(window=args.window, overlap=args.overlap, bs=args.bs, probabilities=args.probabilities, resume=not args.restart)
+    same = dict(window=args.window, overlap=args.overlap, bs=args.bs, probabilities=args.probabilities, resume=not args.fresh)
     done = predict_scene(model, scene, args.out, scene2=second, scenes=scenes, device=args.device, **same)
     print(done)
     if args.polygons: print(polygons(args.out, args.polygons))
@@ -567,7 +567,7 @@ def _add_predict(commands):
     p.add_argument("--bs", type=int, default=16, help="windows per batch")
     p.add_argument("--probabilities", action="store_true", help="write them beside the map")
     p.add_argument("--polygons", type=Path, help="also as vectors, .gpkg")
-    p.add_argument("--restart", action="store_true", help="do not go on with a half-finished map")
+    p.add_argument("--fresh", action="store_true", help="do not go on with a half-finished map")
     p.add_argument("--device", help="cpu, cuda, ... (default: cpu)")
     return p
 

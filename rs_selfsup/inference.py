@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'ToyModel', 'open_scene', 'other_date', 'Date', 'to_batch', 'normalized', 'blend_weights', 'starts', 'Tiling',
-           'plan_tiling', 'Canvas', 'ahead', 'Mapper', 'blended', 'predict_array', 'max_seam', 'Sheet', 'class_colors',
+           'plan_tiling', 'Sums', 'ahead', 'Mapper', 'blended', 'predict_array', 'max_seam', 'Sheet', 'class_colors',
            'sheets_of', 'weights_digest', 'MapResult', 'predict_scene', 'make_map', 'gpkg_polygon', 'write_gpkg',
            'VectorResult', 'polygons', 'TokenMap', 'embed_scene', 'pca_picture', 'stretched_scene', 'predict_memory']
 
@@ -243,8 +243,8 @@ def plan_tiling(
         raise DataError(f'an overlap of {overlap} in windows of {window} px', reader.scenes.path, fix='Choose 0 to .75, or pixels below the window.')
     return Tiling(reader.height, reader.width, window, o, step, unit, panel)
 
-# %% ../nbs/85_inference.ipynb #7669597d
-class Canvas:
+# %% ../nbs/85_inference.ipynb #f8e65fbd
+class Sums:
     "Running sums of a row of windows"
     def __init__(self, height:int, width:int): # px of the map
         self.sum, self.weight, self.ok = None, np.zeros((height, width), np.float32), np.zeros((height, width), bool)
@@ -331,7 +331,7 @@ def blended(
     for k, (a, _, cols) in enumerate(t.panels):
         start = done[k] if k < len(done) else 0
         if start == len(t.rows): continue
-        buf = Canvas(t.window//u, t.strip(k, 0).width)
+        buf = Sums(t.window//u, t.strip(k, 0).width)
         for j in range(t.first(start), len(t.rows)):
             for windows, parts in ahead(_row(dates, t, j, cols, bs)):
                 maps = [None] if parts is None else mapper(parts, w)
@@ -493,7 +493,8 @@ def finish(self:Sheet,
     "Strips -> COG, still in the folder; read back and compared"
     whole, cog, counts = self.folder/f'{self.path.stem}.whole.tif', self.folder/f'{self.path.stem}.cog.tif', np.zeros(256, np.int64)
     at = [(k, j) for j in range(len(t.rows)) for k in range(len(t.panels))]
-    tiles = dict(tiled=True, blockxsize=self.block, blockysize=self.block, interleave='band')
+    side = min(self.block, max(16, 1 << (max(t.shape) - 1).bit_length()))    # a small map is not padded to a large tile
+    tiles = dict(tiled=True, blockxsize=side, blockysize=side, interleave='band')
     how = 'nearest' if self.classes else 'average'
     with _writing(self.path):
         for p in (whole, cog): p.unlink(missing_ok=True)
@@ -504,7 +505,7 @@ def finish(self:Sheet,
                 f.write(x, window=t.strip(k, j))
                 counts += np.bincount(x[0].ravel(), minlength=256) if self.classes else np.eye(1, 256, dtype=int)[0]*int(_known(x[0]).sum())
         more = {k: v for k, v in self.kind.items() if k in ('compress', 'bigtiff', 'nbits')}
-        rasterio.shutil.copy(whole, cog, driver='COG', blocksize=self.block, overview_resampling=how, **more)
+        rasterio.shutil.copy(whole, cog, driver='COG', blocksize=side, overview_resampling=how, **more)
         with rasterio.open(cog) as f:
             for k, j in at:
                 if not np.array_equal(f.read(window=t.strip(k, j)), _read(self.strip(k, j)), equal_nan=self.dtype != 'uint8'):

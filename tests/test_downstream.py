@@ -196,6 +196,16 @@ def test_from_the_command_line_to_a_map(store, tmp_path, task, capsys):
         assert known.any()
 
 
+def test_a_coarse_sensor_is_mapped_on_the_grid_of_the_labels(tmp_path):
+    scenes = write_scenes(tmp_path / "scenes", 3, 128, modalities=("rgb", "ms2"), progress=False)
+    store = build_store(scenes, tmp_path / "store", tile=64, block=64, splits=(0.6, 0.2, 0.2), progress=False)
+    enc = create_encoder("vit_tiny_patch16_224", {"ms2": store.modalities["ms2"]}, "ms2", patch_size=4, **NET)
+    save_model(make(store, encoder=enc).task_model, tmp_path / "m.safetensors")
+    assert main(f"predict {tmp_path}/m.safetensors {tmp_path}/scenes/scenes.yaml {tmp_path}/map.tif --name scene_00".split()) == 0
+    with rasterio.open(tmp_path / "map.tif") as f, rasterio.open(tmp_path / "scenes/scene_00/rgb.tif") as rgb:
+        assert (f.crs, f.transform, f.shape) == (rgb.crs, rgb.transform, rgb.shape) and (f.read(1) < 7).all()
+
+
 @pytest.mark.data
 def test_land_cover_of_real_tiles(real_data, root, tmp_path, monkeypatch):
     monkeypatch.setenv("RS_SELFSUP_DATA", str(real_data))

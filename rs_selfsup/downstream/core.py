@@ -57,13 +57,14 @@ class TaskModel(nn.Module):
         classes: list | None = None,  # names
         colors: list | None = None,  # '#rrggbb' or (r, g, b)
         unit: str | None = None,  # of the values
+        anchor: str | None = None,  # the modality on whose grid a scene is mapped, be it one it reads or not; None: the finest it reads
         dims: int = 1,  # times the channels of one image: what the head of a change model sees
         **head,  # of the decoder
     ):
         super().__init__()
         self.features = DenseFeatures(encoder, modalities)
         self.head = create_decoder(decoder, [d * dims for d in self.features.dims], self.features.strides, outputs, **head)
-        self.normalize, self.gsd, self.tile, self.frozen = normalize, gsd, tile, frozen
+        self.normalize, self.gsd, self.tile, self.frozen, self.anchor = normalize, gsd, tile, frozen, anchor
         self.classes, self.colors, self.unit = classes, colors and [rgb(c) for c in colors], unit
         self.settings = dict(outputs=outputs, decoder=decoder, **head)
         unused = [m for m in encoder.modalities if m not in self.features.modalities]
@@ -268,7 +269,8 @@ class TaskLearner(PretrainLearner):
             enc = copy.deepcopy(encoder) if isinstance(encoder, nn.Module) else open_encoder(encoder, dls, patch_size)
             stats, names = self.shared_stats(enc, dls, modalities, kw)
             dls = task_loaders(dls, stats, label_fraction, seed)
-            about = dict(gsd=store.modalities[store.anchor].gsd, tile=dls.tile_size[store.anchor][0], decoder=decoder, modalities=names, frozen=mode == "probe")
+            about = dict(gsd=store.modalities[store.anchor].gsd, tile=dls.tile_size[store.anchor][0], anchor=store.anchor)
+            about |= dict(decoder=decoder, modalities=names, frozen=mode == "probe")
             model = cls.create(enc, dls.normalize, store.targets[target], **about, **kw)
         config = dict(task=cls.task, target=target, mode=mode, decoder=decoder, layer_decay=layer_decay, label_fraction=label_fraction)
         config |= dict(encoder=enc.name, settings=plain(kw))
@@ -430,7 +432,7 @@ def save_model(
 ) -> Path:
     "Write a model to a file"
     path, enc = Path(path), model.encoder
-    same = {k: getattr(model, k) for k in ("task", "gsd", "tile", "classes", "colors", "unit", "frozen")}
+    same = {k: getattr(model, k) for k in ("task", "gsd", "tile", "classes", "colors", "unit", "anchor", "frozen")}
     about = dict(same, package=rs_selfsup.__version__, settings=plain(model.settings), modalities=model.features.modalities, config=plain(config or {}),
                  sensors={m: s.to_dict() for m, s in model.normalize.modalities.items()})
     about["encoder"] = json.loads(json.dumps(_header(enc, "all", tuple(enc.sizes[enc.anchor]), None, None), default=plain))
@@ -463,7 +465,7 @@ def load_model(
     state = read_state(path)
     modalities = {m: Modality.from_dict(s) for m, s in about["sensors"].items()}
     blank = {m: dict(mean=[0.0] * s.n_bands, std=[1.0] * s.n_bands, p01=[0.0] * s.n_bands, p99=[1.0] * s.n_bands) for m, s in modalities.items()}
-    same = {k: about[k] for k in ("gsd", "tile", "modalities", "frozen", "classes", "colors", "unit")}
+    same = {k: about[k] for k in ("gsd", "tile", "modalities", "frozen", "classes", "colors", "unit", "anchor")}
     model = cls(empty_encoder(about["encoder"]), Normalize(modalities, blank), **same, **about["settings"])
     load_weights(model, state, 1.0, path)
     return model.eval()
