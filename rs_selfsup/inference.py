@@ -803,7 +803,7 @@ class VectorResult:
     "What was made"
     path:Path # the GeoPackage
     features:int # polygons
-    seconds:float
+    seconds:float # of this run
     def __str__(self): return f'{self.path}: {self.features:,} polygons ({self.seconds:.1f} s)'
 
 def _area(rings, unit): # shoelace, the outer ring less its holes

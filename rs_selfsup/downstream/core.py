@@ -254,7 +254,7 @@ class TaskLearner(PretrainLearner):
         decoder: str = "linear",  # 'linear', 'fpn', 'upernet' or 'dpt'
         modalities: list | None = None,  # which of the encoder's; None: all that the store has
         label_fraction: float = 1.0,  # share of the training tiles
-        layer_decay: float = 0.75,  # fine-tuning: learning rate from a layer to the one before it
+        layer_decay: float | None = None,  # fine-tuning: learning rate from a layer to the one before it; None: .75, and 1 from scratch
         seed: int = 0,  # of the head, the choice of tiles and everything drawn later
         patch_size: int | None = None,  # of an encoder given by name
         cbs=None,  # more callbacks
@@ -264,6 +264,7 @@ class TaskLearner(PretrainLearner):
         pick(mode, ("probe", "finetune"), "mode")
         store, cls = dls.store, self.model_class
         target = find_target(store, cls.kind, target)
+        if layer_decay is None: layer_decay = 0.75 if isinstance(encoder, (nn.Module, Path)) or encoder.endswith(".safetensors") else 1.0
         with keep_random_state():
             torch.manual_seed(seed)
             enc = copy.deepcopy(encoder) if isinstance(encoder, nn.Module) else open_encoder(encoder, dls, patch_size)
@@ -380,13 +381,13 @@ def show_results(
 
 
 def _images(model, batch):
-    "A column for each sensor"
+    "A column for each sensor and date"
     from rs_selfsup.show import to_rgb
 
     z = model.normalize(batch.images, None if batch.full else batch.valid)
-    for m in model.features.modalities:
+    for m in [*model.features.modalities, *getattr(model, "pairs", {}).values()]:
         x = model.normalize.physical(z[m].float(), m).cpu().numpy()
-        yield m, [to_rgb(x[i], model.encoder.modalities[m], batch.valid[m][i, 0].cpu().numpy()) for i in range(len(batch))]
+        yield m, [to_rgb(x[i], model.normalize.modalities[m], batch.valid[m][i, 0].cpu().numpy()) for i in range(len(batch))]
 
 # %% ../../nbs/75_downstream.core.ipynb #c985dd3e
 def paint(
