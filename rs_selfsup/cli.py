@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'CONFIG', 'STEP_COLUMNS', 'TASKS', 'TASK_CONFIG', 'read_config', 'parse_settings', 'layered',
-           'build_parser', 'synth', 'build', 'store_pictures', 'save_figure', 'pretrain', 'begin', 'learner',
-           'read_run', 'run', 'finish', 'plot_curves', 'load', 'embed', 'export', 'probe', 'finetune', 'task_learner',
-           'run_task', 'predict', 'find_scene', 'compare', 'named_method', 'bench', 'demo', 'main']
+           'build_parser', 'synth', 'build', 'store_pictures', 'save_figure', 'pretrain', 'begin', 'learner', 'loaders',
+           'in_precision', 'read_run', 'run', 'finish', 'plot_curves', 'load', 'embed', 'export', 'probe', 'finetune',
+           'task_learner', 'run_task', 'predict', 'find_scene', 'compare', 'named_method', 'bench', 'demo', 'main']
 
 # %% ../nbs/95_cli.ipynb #00000003
 import argparse
@@ -220,6 +220,15 @@ def _add_pretrain(commands):
     p.add_argument("--lr", type=float, help="peak learning rate (default: 1.5e-4 per 256 tiles of the global batch)")
     p.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
     p.add_argument("--momentum", type=float, nargs=2, default=[0.996, 1.0], metavar=("FROM", "TO"), help="of the teacher")
+    _add_training(p)
+    p.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and masks")
+    more = "settings of the method or of timm, e.g. mask=random embed_dim=96"
+    p.add_argument("--set", dest="settings", nargs="*", default=[], metavar="NAME=VALUE", help=more)
+    return p
+
+
+def _add_training(p):
+    "What every training takes."
     p.add_argument("--accumulate", type=int, default=1, help="batches per optimiser step")
     p.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the network; losses stay in float32")
     p.add_argument("--workers", type=int, default=2, help="processes that read tiles")
@@ -227,28 +236,38 @@ def _add_pretrain(commands):
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     p.add_argument("--keep", type=int, default=3, help="newest checkpoints that stay")
     p.add_argument("--tensorboard", action="store_true", help="event files too")
-    p.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and masks")
-    more = "settings of the method or of timm, e.g. mask=random embed_dim=96"
-    p.add_argument("--set", dest="settings", nargs="*", default=[], metavar="NAME=VALUE", help=more)
-    return p
 
 # %% ../nbs/95_cli.ipynb #00000014
 def learner(
     config: dict,  # as in `config.json`
 ):
     "The Learner a config describes."
+    from rs_selfsup.pretrain import LEARNERS
+
+    dls = loaders(config)
+    return in_precision(LEARNERS[config["method"]](dls, config["encoder"], config["patch_size"], config["seed"], **config["settings"]), config)
+
+
+def loaders(
+    config: dict,  # as in `config.json`
+):
+    "The tiles a config describes; torch's threads are set."
     import torch
 
     from rs_selfsup.compare import splits_with_tiles
     from rs_selfsup.data.loading import dataloaders
     from rs_selfsup.data.tiles import TileStore
-    from rs_selfsup.pretrain import LEARNERS
 
-    if config["threads"]:
-        torch.set_num_threads(config["threads"])
+    if config["threads"]: torch.set_num_threads(config["threads"])
     store = TileStore(config["store"])
-    dls = dataloaders(store, bs=config["bs"], crop=config["crop"], workers=config["workers"], seed=config["seed"], splits=splits_with_tiles(store))
-    learn = LEARNERS[config["method"]](dls, config["encoder"], config["patch_size"], config["seed"], **config["settings"])
+    return dataloaders(store, bs=config["bs"], crop=config["crop"], workers=config["workers"], seed=config["seed"], splits=splits_with_tiles(store))
+
+
+def in_precision(
+    learn,  # `PretrainLearner`
+    config: dict,  # has `precision`
+):
+    "The Learner in the precision of a config."
     return dict(fp32=learn.to_fp32, bf16=learn.to_bf16, fp16=learn.to_fp16)[config["precision"]]()
 
 # %% ../nbs/95_cli.ipynb #c5c189c8
@@ -455,13 +474,7 @@ def _add_finetune(commands):
     p.add_argument("--bs", type=int, default=16, help="tiles per batch and process")
     p.add_argument("--lr", type=float, help="peak learning rate of the head (default: 1e-3, or 3e-4 where the encoder is trained too)")
     p.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
-    p.add_argument("--accumulate", type=int, default=1, help="batches per optimiser step")
-    p.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the network; losses stay in float32")
-    p.add_argument("--workers", type=int, default=2, help="processes that read tiles")
-    p.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's own choice)")
-    p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-    p.add_argument("--keep", type=int, default=3, help="newest checkpoints that stay")
-    p.add_argument("--tensorboard", action="store_true", help="event files too")
+    _add_training(p)
     p.add_argument("--seed", type=int, default=0, help="of the head, the choice of tiles, order and augmentation")
     p.add_argument("--split", choices=["val", "test"], default="test", help="what the final metrics are of")
     more = "settings of the task, its decoder and loss, e.g. width=64 balance=0 join=concatenation"
@@ -473,22 +486,13 @@ def task_learner(
     config: dict,  # as in `config.json`
 ):
     "The Learner a config of `finetune` describes."
-    import torch
-
-    from rs_selfsup.compare import splits_with_tiles
-    from rs_selfsup.data.loading import dataloaders
-    from rs_selfsup.data.tiles import TileStore
     from rs_selfsup.downstream.change import ChangeLearner
     from rs_selfsup.downstream.height import HeightLearner
     from rs_selfsup.downstream.segmentation import SegmentationLearner
 
-    if config["threads"]: torch.set_num_threads(config["threads"])
-    store = TileStore(config["store"])
-    dls = dataloaders(store, bs=config["bs"], crop=config["crop"], workers=config["workers"], seed=config["seed"], splits=splits_with_tiles(store))
     make = dict(segmentation=SegmentationLearner, height=HeightLearner, change=ChangeLearner)[config["task"]]
     same = {k: config[k] for k in ("target", "mode", "decoder", "modalities", "patch_size", "seed")}
-    learn = make(dls, config["encoder"], label_fraction=config["label_fraction"] / 100, **same, **config["settings"])
-    return dict(fp32=learn.to_fp32, bf16=learn.to_bf16, fp16=learn.to_fp16)[config["precision"]]()
+    return in_precision(make(loaders(config), config["encoder"], label_fraction=config["label_fraction"] / 100, **same, **config["settings"]), config)
 
 
 def run_task(
