@@ -107,12 +107,15 @@ def nms_rotated(
     order = scores.argsort(descending=True, stable=True)
     b = boxes[order].detach().cpu().double().numpy().copy()
     if len(b): b[:, 0] += labels[order].cpu().numpy() * (2 * (np.abs(b[:, :2]).max() + b[:, 2:4].max()) + 1)
-    left, keep = np.arange(len(b)), []
-    while len(left) and len(keep) < most:
-        first, left = left[0], left[1:]
-        keep.append(first)
-        left = left[rotated_iou(b[first : first + 1], b[left])[0] <= threshold]
-    return order[torch.tensor(keep, dtype=torch.long, device=order.device)]
+    alive, keep = np.ones(len(b), bool), []
+    for i in range(0, len(b), 16):  # a few at a time: their overlaps with all that are left
+        some, left = i + np.flatnonzero(alive[i : i + 16]), i + np.flatnonzero(alive[i:])
+        for k, iou in zip(some, rotated_iou(b[some], b[left])):
+            if alive[k]:
+                keep.append(k)
+                alive[left[(iou > threshold) & (left > k)]] = False
+        if len(keep) >= most: break
+    return order[torch.tensor(keep[:most], dtype=torch.long, device=order.device)]
 
 # %% ../../nbs/73_heads.detection.ipynb #f4afadc8
 class DetectionPyramid(nn.Module):
