@@ -443,7 +443,7 @@ def _add_probe(commands):
     return p
 
 # %% ../nbs/95_cli.ipynb #7ce820d2
-TASKS = ("segmentation", "height", "change")
+TASKS = ("segmentation", "height", "change", "classification")
 TASK_CONFIG = ("store", "task", "encoder", "target", "mode", "decoder", "modalities", "label_fraction", "patch_size", "crop", "epochs", "bs", "lr", "warmup",
                "accumulate", "precision", "workers", "threads", "save_every", "keep", "tensorboard", "seed", "split", "settings")
 
@@ -458,14 +458,15 @@ def finetune(args):
 # %% ../nbs/95_cli.ipynb #3f2f5199
 def _add_finetune(commands):
     example = "store run --task segmentation --encoder pre/encoder_all.safetensors --target landcover --decoder fpn --mode finetune"
-    p = _command(commands, "finetune", finetune, "a head for segmentation, height or change, with the encoder frozen or trained too", example)
-    p.add_argument("store", type=Path, help="tile store with a dense target")
+    p = _command(commands, "finetune", finetune, "a head for a task, with the encoder frozen or trained too", example)
+    p.add_argument("store", type=Path, help="tile store with labels or a dense target")
     p.add_argument("out", type=Path, help="folder of the run")
     p.add_argument("--task", choices=TASKS, default="segmentation", help="what is learned; each has a page of its own")
     p.add_argument("--encoder", default="vit_small_patch16_224", help="file from pretrain or export; or a timm name: from scratch")
-    p.add_argument("--target", help="name of the dense target (default: the only one of the task's kind)")
+    p.add_argument("--target", help="name of the dense target (default: the only one of the task's kind; classification: the tiles' label)")
     p.add_argument("--mode", choices=["probe", "finetune"], default="probe", help="leave the encoder as it is, or train it too")
-    p.add_argument("--decoder", choices=["linear", "fpn", "upernet", "dpt"], default="linear", help="from the encoder's maps to pixels")
+    p.add_argument("--decoder", choices=["linear", "fpn", "upernet", "dpt", "attention"], default="linear",
+                   help="from the encoder's maps to pixels; classification: linear or attention")
     p.add_argument("--modalities", nargs="+", help="which of the encoder's (default: all that the store has)")
     p.add_argument("--label-fraction", type=float, default=100, help="share of the training tiles in percent")
     p.add_argument("--patch-size", type=int, help="of an encoder given by name, anchor pixels")
@@ -477,7 +478,7 @@ def _add_finetune(commands):
     _add_training(p)
     p.add_argument("--seed", type=int, default=0, help="of the head, the choice of tiles, order and augmentation")
     p.add_argument("--split", choices=["val", "test"], default="test", help="what the final metrics are of")
-    more = "settings of the task, its decoder and loss, e.g. width=64 balance=0 join=concatenation"
+    more = "settings of the task, its decoder and loss, e.g. width=64 balance=0 join=concatenation multilabel=true"
     p.add_argument("--set", dest="settings", nargs="*", default=[], metavar="NAME=VALUE", help=more)
     return p
 
@@ -487,10 +488,11 @@ def task_learner(
 ):
     "The Learner a config of `finetune` describes."
     from rs_selfsup.downstream.change import ChangeLearner
+    from rs_selfsup.downstream.classification import ClassificationLearner
     from rs_selfsup.downstream.height import HeightLearner
     from rs_selfsup.downstream.segmentation import SegmentationLearner
 
-    make = dict(segmentation=SegmentationLearner, height=HeightLearner, change=ChangeLearner)[config["task"]]
+    make = dict(segmentation=SegmentationLearner, height=HeightLearner, change=ChangeLearner, classification=ClassificationLearner)[config["task"]]
     same = {k: config[k] for k in ("target", "mode", "decoder", "modalities", "patch_size", "seed")}
     return in_precision(make(loaders(config), config["encoder"], label_fraction=config["label_fraction"] / 100, **same, **config["settings"]), config)
 
@@ -567,7 +569,7 @@ def _add_predict(commands):
     p.add_argument("--name", help="which scene of the file (default: the only one)")
     p.add_argument("--second", nargs="+", metavar="DATE", help="change: second date, a name in the scene file, or NAME=FILE (default: rgb_t2 of the scene)")
     p.add_argument("--window", type=int, help="side of a window in anchor pixels (default: the tile it was trained on)")
-    p.add_argument("--overlap", type=float, default=0.25, help="of neighbouring windows, as a share below 1 or in pixels")
+    p.add_argument("--overlap", type=float, help="of neighbouring windows, as a share below 1 or in pixels (default: 0.25; classification: 0.5)")
     p.add_argument("--bs", type=int, default=16, help="windows per batch")
     p.add_argument("--probabilities", action="store_true", help="write them beside the map")
     p.add_argument("--polygons", type=Path, help="also as vectors, .gpkg")
