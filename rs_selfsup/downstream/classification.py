@@ -63,7 +63,7 @@ def label_weights(
 class ClassificationModel(TaskModel):
     "Logits of classes, one answer per tile"
 
-    task, kind, headline = "classification", "mask", "OA"
+    task, kind, headline, sees = "classification", "mask", "OA", TokenFeatures
 
     def __init__(
         self,
@@ -83,10 +83,9 @@ class ClassificationModel(TaskModel):
         self.register_buffer("class_weight", torch.ones(outputs))
         self.settings |= dict(multilabel=multilabel, present=present, smoothing=smoothing)
 
-    def parts(self, encoder, modalities, decoder, outputs, dims, head):
-        "Cells of the last map, and a head that pools them"
-        features = TokenFeatures(encoder, modalities)
-        return features, create_classifier(decoder, features, outputs, **head)
+    def make_head(self, decoder, dims, outputs, **kw):
+        "Pools the cells of the last map"
+        return create_classifier(decoder, self.features, outputs, **kw)
 
     @classmethod
     def create(cls, encoder, normalize, spec, **kw):

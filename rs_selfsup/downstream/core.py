@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import to_cpu, to_float
 from fastcore.basics import patch
 from safetensors.torch import save_file
 from timm.optim._param_groups import param_groups_layer_decay
@@ -42,6 +43,7 @@ class TaskModel(nn.Module):
     task = ""  # 'segmentation', 'height', 'change': key of `MODELS`
     kind = "mask"  # of the target it learns: 'mask', 'regression', ...
     weights = {}  # loss term -> weight
+    sees = DenseFeatures  # the encoder as a source of maps, for the head
     headline = ""  # the metric that is shown first
     dates = 1  # images of the same ground
 
@@ -63,18 +65,18 @@ class TaskModel(nn.Module):
         **head,  # of the decoder
     ):
         super().__init__()
-        self.features, self.head = self.parts(encoder, modalities, decoder, outputs, dims, head)
+        self.features = self.sees(encoder, modalities)
         self.normalize, self.gsd, self.tile, self.frozen, self.anchor = normalize, gsd, tile, frozen, anchor
+        self.head = self.make_head(decoder, [d * dims for d in self.features.dims], outputs, **head)
         self.classes, self.colors, self.unit = classes, colors and [rgb(c) for c in colors], unit
         self.settings = dict(outputs=outputs, decoder=decoder, **head)
         unused = [m for m in encoder.modalities if m not in self.features.modalities]
         for p in self.stems(unused): p.requires_grad_(False)
         if frozen: encoder.requires_grad_(False)
 
-    def parts(self, encoder, modalities, decoder, outputs, dims, head) -> tuple:  # features(images, valid), head(features, size)
-        "What reads a batch and what answers: a task without a map has others"
-        features = DenseFeatures(encoder, modalities)
-        return features, create_decoder(decoder, [d * dims for d in features.dims], features.strides, outputs, **head)
+    def make_head(self, decoder, dims, outputs, **kw):
+        "What is put on the maps"
+        return create_decoder(decoder, dims, self.features.strides, outputs, **kw)
 
     @property
     def encoder(self): return self.features.encoder
@@ -144,6 +146,27 @@ def seen(
     if batch.full: return None
     size = self.size(batch.images)
     return torch.stack([F.interpolate(batch.valid[m].float(), size, mode="nearest")[:, 0] > 0 for m in self.features.modalities]).any(0)
+
+
+@patch
+def truth(
+    self: TaskModel,
+    batch: Batch,  # with targets
+    target: str,  # name of one
+) -> Tensor:  # (B, H, W): 255 or NaN where nothing is known or no sensor has data
+    "The dense target"
+    t, seen = batch.targets[target], self.seen(batch)
+    t = t.float() if self.kind == "regression" else t.long()
+    return t if seen is None else t.masked_fill(~seen, float("nan") if self.kind == "regression" else IGNORE)
+
+
+@patch
+def predict(
+    self: TaskModel,
+    batch: Batch,  # normalised
+):  # what `score` takes
+    "What is compared with the truth"
+    return self(batch)
 
 # %% ../../nbs/75_downstream.core.ipynb #cf21a328
 def find_target(
@@ -281,7 +304,7 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> dict:  # term -> scalar
         "Loss terms"
         out = self.model(batch)
-        with torch.autocast(out.device.type, enabled=False): return self.model.losses(out.float(), batch, self.truth(batch))
+        with torch.autocast(out.device.type, enabled=False): return self.model.losses(to_float(out), batch, self.truth(batch))
 
 # %% ../../nbs/75_downstream.core.ipynb #2536a08e
 def scaled_adamw(
@@ -385,8 +408,8 @@ def validate(
     model.eval()
     try:
         for batch in tqdm(self.tiles(split, bs), desc=split, disable=not progress, leave=False):
-            with torch.no_grad(): out = model(batch.to(device))
-            model.score(metric, out.float().cpu(), self.method.truth(batch).cpu())
+            with torch.no_grad(): out = model.predict(batch.to(device))
+            model.score(metric, to_cpu(to_float(out)), self.method.truth(batch).cpu())
     finally: model.train(was)
     return metric.compute()
 
@@ -471,7 +494,7 @@ MODELS = {}  # task -> `TaskModel`; each task's module enters its own
 
 def known_models() -> dict:  # task -> class
     "All tasks, their modules imported"
-    from rs_selfsup.downstream import change, classification, height, segmentation  # noqa: F401
+    from rs_selfsup.downstream import change, classification, detection, height, segmentation  # noqa: F401
 
     return MODELS
 
