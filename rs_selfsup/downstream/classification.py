@@ -121,8 +121,13 @@ MODELS["classification"] = ClassificationModel
 
 # %% ../../nbs/79_downstream.classification.ipynb #84715302
 @patch(cls_method=True)
-def find(cls: ClassificationModel, store, target, kw):
-    "The tiles' own label, or a mask target"
+def find(
+    cls: ClassificationModel,
+    store,  # `TileStore`
+    target: str | None,  # mask target; None: the tiles' own label, or with `multilabel` the only mask
+    kw: dict,  # the model's own settings
+) -> tuple:  # name or None, `TargetSpec`
+    "What holds the classes"
     if target is not None or kw.get("multilabel"):
         name = find_target(store, cls.kind, target)
         return name, store.targets[name]
@@ -134,8 +139,14 @@ def find(cls: ClassificationModel, store, target, kw):
 
 
 @patch(cls_method=True)
-def teaching(cls: ClassificationModel, store, target, ids, kw):
-    "Tiles with a label"
+def teaching(
+    cls: ClassificationModel,
+    store,  # `TileStore`
+    target: str | None,  # from `find`
+    ids: np.ndarray,  # (n,) training tiles
+    kw: dict,  # the model's own settings
+) -> tuple:  # (m,) ids, (m,) class of each, for few labels
+    "Tiles of which something is known"
     y = store_classes(store, target, ids, kw.get("multilabel", False), kw.get("present"))
     known = (y >= 0).reshape(len(y), -1).any(1)
     if not known.any(): raise DataError(f"none of {len(ids)} training tiles has a class", store.path, fix="Build with other splits, or label more of them.")
@@ -145,17 +156,21 @@ def teaching(cls: ClassificationModel, store, target, ids, kw):
         y = torch.where((y == 1).any(1), often.expand(len(y), -1).masked_fill(y != 1, len(y) + 1).argmin(1), y.shape[1])
     return ids, y.numpy()
 
-
+# %% ../../nbs/79_downstream.classification.ipynb #c0ce06cf
 @patch
-def truth(self: ClassificationModel, batch, target):
-    "(B,) class, or (B, K) labels; -1 where nothing is known or no sensor has data"
+def truth(
+    self: ClassificationModel,
+    batch,  # with labels or targets
+    target: str | None,  # from `find`
+) -> Tensor:  # (B,) class, or (B, K) labels; -1 where nothing is known or no sensor has data
+    "What a batch should give"
     seen = self.seen(batch)
     if target is None: return batch.label if seen is None else batch.label.masked_fill(~seen.flatten(1).any(1), -1)
     mask = batch.targets[target].long()
     if seen is not None: mask = mask.masked_fill(~seen, IGNORE)
     return tile_classes(mask, len(self.classes), self.present, self.multilabel)
 
-# %% ../../nbs/79_downstream.classification.ipynb #c0ce06cf
+# %% ../../nbs/79_downstream.classification.ipynb #b38f36f8
 def store_classes(
     store,  # `TileStore`
     target: str | None,  # mask target; None: the tiles' own label
@@ -174,7 +189,7 @@ def store_classes(
         parts.append(t if target is None else tile_classes(t, len(classes), present, multilabel))
     return torch.cat(parts)
 
-# %% ../../nbs/79_downstream.classification.ipynb #7c096252
+# %% ../../nbs/79_downstream.classification.ipynb #1ca65dd7
 class ClassificationLearner(TaskLearner):
     "A class for every tile, or several"
 
@@ -197,7 +212,7 @@ class ClassificationLearner(TaskLearner):
         model.class_weight.copy_(label_weights(y, balance) if multilabel else class_weights(self.counts, balance))
         self.settings["balance"] = balance
 
-# %% ../../nbs/79_downstream.classification.ipynb #e3f9439b
+# %% ../../nbs/79_downstream.classification.ipynb #967dc236
 def words(
     lines: list,  # of (text, colour)
 ):  # axes -> None
@@ -227,7 +242,7 @@ def bars(
 
     return draw
 
-
+# %% ../../nbs/79_downstream.classification.ipynb #db93c542
 @patch
 def pictures(
     self: ClassificationModel,

@@ -185,7 +185,7 @@ def find_target(
     if len(mine) == 1: return mine[0]
     raise DataError(f"{len(mine)} {kind} targets ({', '.join(mine) or 'none'})", store.path, fix="Name one by `target`, or build a store with one.")
 
-
+# %% ../../nbs/75_downstream.core.ipynb #b7a8e8a0
 @patch(cls_method=True)
 def find(
     cls: TaskModel,

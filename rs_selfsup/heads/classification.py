@@ -46,7 +46,7 @@ def encode(
         cells, cls = from_map(y, "NLC"), None
     return Tokens(cells, torch.ones_like(cells[..., 0]) if share is None else share.to(cells.dtype), cls)
 
-
+# %% ../../nbs/72_heads.classification.ipynb #fee4c7e5
 class TokenFeatures(DenseFeatures):
     "An encoder as a source of cells for the heads below"
 
@@ -67,7 +67,7 @@ class TokenFeatures(DenseFeatures):
             if m not in images: raise DataError(f"no {m!r} in the batch, which has {', '.join(images)}", fix="Give the sensors the head was made for.")
         return [encode(self.encoder, images[m], m, None if valid is None else valid[m]) for m in self.modalities]
 
-# %% ../../nbs/72_heads.classification.ipynb #76ae85d6
+# %% ../../nbs/72_heads.classification.ipynb #48e3056c
 def pool_tokens(
     tokens: list,  # of `Tokens`
     pool: str = "mean",  # of the valid cells; 'cls', or 'both' side by side
@@ -106,7 +106,7 @@ class LinearClassifier(nn.Module):
         "Logits"
         return self.out(self.drop(self.norm(pool_tokens(tokens, self.pool))))
 
-# %% ../../nbs/72_heads.classification.ipynb #94e21d94
+# %% ../../nbs/72_heads.classification.ipynb #72a4249c
 class AttentiveClassifier(nn.Module):
     "Attention pooling over the valid cells of all modalities, then a linear map"
 
@@ -139,7 +139,7 @@ class AttentiveClassifier(nn.Module):
         z = self.norm(self.pool(x, attn_mask=attention_mask(ok | ~some)))
         return self.out(self.drop(z * some))
 
-# %% ../../nbs/72_heads.classification.ipynb #343fb034
+# %% ../../nbs/72_heads.classification.ipynb #3315e912
 CLASSIFIERS = dict(linear=LinearClassifier, attention=AttentiveClassifier)
 
 
