@@ -417,7 +417,7 @@ def _methods(name):
 
 BENCHMARKS = dict(masks=bench_masks, step=bench_step, parts=bench_parts, build=bench_build, torchgeo=bench_torchgeo,
                   learners=_methods("bench_learners"), lightly=_methods("bench_lightly"), msad=_methods("bench_msad"), matching=_methods("bench_matching"),
-                  processes=bench_processes, memory=bench_memory, demo=bench_demo)
+                  cached=_methods("bench_cached"), processes=bench_processes, memory=bench_memory, demo=bench_demo)
 SLOW = ("processes", "memory", "demo")
 
 # %% ../nbs/96_bench.ipynb #bedfee27
