@@ -6,7 +6,8 @@
 __all__ = ['METHODS', 'CONFIG', 'STEP_COLUMNS', 'TASKS', 'TASK_CONFIG', 'read_config', 'parse_settings', 'layered',
            'build_parser', 'synth', 'build', 'store_pictures', 'save_figure', 'pretrain', 'begin', 'learner', 'loaders',
            'in_precision', 'read_run', 'run', 'finish', 'plot_curves', 'load', 'embed', 'export', 'probe', 'finetune',
-           'task_learner', 'run_task', 'predict', 'find_scene', 'compare', 'named_method', 'bench', 'demo', 'main']
+           'task_learner', 'run_task', 'predict', 'find_scene', 'compare', 'named_method', 'evaluate', 'table', 'bench',
+           'demo', 'main']
 
 # %% ../nbs/95_cli.ipynb #00000003
 import argparse
@@ -85,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("rs-selfsup", description=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_synth, _add_build, _add_pretrain, _add_resume, _add_embed, _add_probe, _add_export, _add_compare, _add_finetune, _add_predict, _add_bench,
-                _add_demo):
+                _add_demo, _add_evaluate, _add_table):
         p = add(commands)
         p.add_argument("--config", metavar="FILE", help="TOML or YAML file with the same settings; flags win")
         p.set_defaults(subparser=p)
@@ -631,6 +632,47 @@ def _add_compare(commands):
     p.add_argument("--each", action="store_true", help="probe every modality alone as well")
     more = "settings for all (embed_dim=96) or for one name (cmid.block=16, full.weights.rec=0)"
     p.add_argument("--set", dest="settings", nargs="*", default=[], metavar="[METHOD.]NAME=VALUE", help=more)
+    return p
+
+# %% ../nbs/95_cli.ipynb #5f980005
+def evaluate(args):
+    "`rs-selfsup evaluate`: the runs of a config that have no row yet."
+    from rs_selfsup.protocol import evaluate as run
+
+    out = args.out or Path(args.file.stem + ".csv")
+    rows = run(args.file, out, args.processes, args.only)
+    print(_tables(rows))
+    print(f"\n{len(rows)} runs: {out}\nagain: rs-selfsup table {out}")
+
+
+def table(args):
+    "`rs-selfsup table`: means over seeds with their intervals, and differences."
+    from rs_selfsup.protocol import read_results
+
+    print(_tables(read_results(args.results), args.by, args.format))
+
+
+def _tables(rows, by=None, format="text"):
+    from rs_selfsup.protocol import BY, as_text, differences, means, newest
+
+    rows, by = newest(rows), by or BY
+    return "\n\n".join(as_text(t, format) for t in (means(rows, by), differences(rows, by)) if len(t))
+
+# %% ../nbs/95_cli.ipynb #88b61f36
+def _add_evaluate(commands):
+    p = _command(commands, "evaluate", evaluate, "encoders on tasks, by a config: a row of a CSV file for each run", "five_tasks.toml --out results.csv --processes 2")
+    p.add_argument("file", type=Path, metavar="CONFIG", help="TOML file: stores, tasks, encoders, shares of the labels, seeds")
+    p.add_argument("--out", type=Path, help="CSV file; what has a row there is not run again (default: the config's name, here)")
+    p.add_argument("--processes", type=int, default=1, help="runs at a time; with more than one, each has one thread")
+    p.add_argument("--only", nargs="+", metavar="TASK", help="of the config's tasks (default: all)")
+    return p
+
+
+def _add_table(commands):
+    p = _command(commands, "table", table, "means over seeds with 95 %% intervals, and differences between encoders", "results.csv --format markdown")
+    p.add_argument("results", type=Path, help="CSV file of evaluate")
+    p.add_argument("--by", nargs="+", metavar="COLUMN", help="columns that tell groups apart (default: store, task, target, decoder, mode, labels, encoder)")
+    p.add_argument("--format", choices=["text", "markdown"], default="text", help="of the tables")
     return p
 
 # %% ../nbs/95_cli.ipynb #000000fa
