@@ -414,8 +414,8 @@ def _late(name, module="bench_methods"):
 
 BENCHMARKS = dict(masks=bench_masks, step=bench_step, parts=bench_parts, build=bench_build, torchgeo=bench_torchgeo,
                   learners=_late("bench_learners"), lightly=_late("bench_lightly"), msad=_late("bench_msad"), matching=_late("bench_matching"),
-                  predict=_late("bench_predict", "bench_maps"), seam=_late("bench_seam", "bench_maps"), processes=bench_processes, memory=bench_memory,
-                  maps_memory=_late("bench_maps_memory", "bench_maps"), demo=bench_demo)
+                  predict=_late("bench_predict", "bench_maps"), seam=_late("bench_seam", "bench_maps"), cached=_late("bench_cached"),
+                  processes=bench_processes, memory=bench_memory, maps_memory=_late("bench_maps_memory", "bench_maps"), demo=bench_demo)
 SLOW = ("processes", "memory", "maps_memory", "demo")
 
 # %% ../nbs/96_bench.ipynb #bedfee27

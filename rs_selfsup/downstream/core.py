@@ -304,7 +304,7 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> dict:  # term -> scalar
         "Loss terms"
         out = self.model(batch)
-        with torch.autocast(out.device.type, enabled=False): return self.model.losses(to_float(out), batch, self.truth(batch))
+        with torch.autocast(batch.device.type, enabled=False): return self.model.losses(to_float(out), batch, self.truth(batch))
 
 # %% ../../nbs/75_downstream.core.ipynb #2536a08e
 def scaled_adamw(

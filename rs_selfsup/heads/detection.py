@@ -26,6 +26,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign, sigmoid_focal_loss
 from torchvision.ops.poolers import LevelMapper
 
+from ..data.boxes import IGNORE, UNKNOWN, corners
 from .dense import Pyramid, _add_up, conv_norm
 from ..metrics import rotated_iou
 from ..modalities import DataError, pick
@@ -35,9 +36,7 @@ def box_corners(
     boxes: Tensor,  # (..., 5) cx, cy, w, h, angle
 ) -> Tensor:  # (..., 4, 2) x, y
     "The four corners, in order"
-    x, y, w, h, a = boxes[..., None].unbind(-2)
-    u, v = w / 2 * w.new_tensor([-1, 1, 1, -1]), h / 2 * h.new_tensor([-1, -1, 1, 1])
-    return torch.stack([x + u * a.cos() - v * a.sin(), y + u * a.sin() + v * a.cos()], -1)
+    return corners(F.pad(boxes, (1, 0)), torch)
 
 
 def around(
@@ -80,8 +79,8 @@ def true_boxes(
     for t in target.float():
         label, boxes = t[:, 0], t[:, 1:]
         real = label >= 0
-        dark = dict(boxes=boxes[real], labels=label[real].long(), ignore=boxes[label == -1])
-        out.append(None if (label == -2).any() else dark)
+        known = dict(boxes=boxes[real], labels=label[real].long(), ignore=boxes[label == IGNORE])
+        out.append(None if (label == UNKNOWN).any() else known)
     return out
 
 # %% ../../nbs/73_heads.detection.ipynb #c3725f14
@@ -300,7 +299,7 @@ def level_sizes(
 ) -> list:
     "Sides of anchors"
     if sizes is None: return [4.0 * s for s in strides]
-    if len(sizes) != len(strides) or min(sizes) <= 0: raise DataError(f"anchor sizes {list(sizes)}", fix=f"Give {len(strides)} of them, in pixels, one for each level.")
+    if len(sizes) != len(strides) or min(sizes) <= 0: raise DataError(f"anchor sizes {list(sizes)}", fix=f"Give {len(strides)}, in pixels, one for each level.")
     return [float(s) for s in sizes]
 
 # %% ../../nbs/73_heads.detection.ipynb #bc4bdeaa
@@ -376,7 +375,7 @@ def loss(self: FasterRCNNDetector, out, truth):
 
 
 @patch
-def detect(self: FasterRCNNDetector, out: dict) -> list:  # noqa: F811 - as of `FCOSDetector`
+def detect(self: FasterRCNNDetector, out: dict) -> list:  # as of `FCOSDetector`
     "Boxes above the least score, the highest first"
     was = self.training
     self.rpn.eval(), self.roi.eval()
