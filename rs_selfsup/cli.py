@@ -13,6 +13,7 @@ __all__ = ['METHODS', 'CONFIG', 'STEP_COLUMNS', 'TASKS', 'TASK_CONFIG', 'read_co
 import argparse
 import json
 import os
+import re
 import sys
 import tomllib
 import warnings
@@ -57,7 +58,7 @@ def parse_settings(
         try:
             out[name.replace("-", "_")] = json.loads(value)
         except json.JSONDecodeError:
-            out[name.replace("-", "_")] = value
+            out[name.replace("-", "_")] = float(value) if re.fullmatch(r"[+-]?(\d+\.|\.\d+)", value) else value  # .5 and 1. are no JSON
     return out
 
 # %% ../nbs/95_cli.ipynb #0000000c
