@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RasterFile', 'TargetSpec', 'Scene', 'Scenes', 'parse_modality', 'parse_target', 'parse_raster', 'pattern_regex',
-           'find_files', 'discover', 'load_scenes', 'grid_factors', 'fold_scales', 'Source', 'at', 'after',
-           'pixel_size', 'GdalSource', 'CubeSource', 'open_source', 'whole_steps', 'Grid', 'Layer', 'SceneReader']
+           'find_files', 'discover', 'read_names', 'load_scenes', 'grid_factors', 'fold_scales', 'Source', 'at',
+           'after', 'pixel_size', 'GdalSource', 'CubeSource', 'open_source', 'whole_steps', 'Grid', 'Layer',
+           'SceneReader']
 
 # %% ../../nbs/10_data.rasters.ipynb #00000003
 from collections import Counter
-import itertools, math, os, re, warnings
+import csv, itertools, math, os, re, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, rasterio, yaml
@@ -51,6 +52,8 @@ class TargetSpec:
     ignore:list=field(default_factory=list) # stored values that are neither class nor error: they become 255
     nodata:float|None=None # stored value without meaning; None: as the file declares
     unit:str|None=None # unit of a regression target
+    palette:bool=False # the file holds red, green, blue; `values` are 65536*red + 256*green + blue
+    others:bool=False # every other stored value becomes 255, too
 
 # %% ../../nbs/10_data.rasters.ipynb #00000007
 @dataclass
@@ -61,6 +64,7 @@ class Scene:
     targets:dict=field(default_factory=dict) # target -> `RasterFile`
     label:str|None=None # class of the whole scene
     group:str|None=None # scenes of the same ground share it; None: the scene stands alone
+    split:str|None=None # 'train', 'val', 'test' by an official list; None: dealt by `build_store`
 
 # %% ../../nbs/10_data.rasters.ipynb #8de51b17
 @dataclass
@@ -120,6 +124,12 @@ def parse_modality(name:str, # its key in the file
     try: return Modality(name, tuple(band_from({**b, **shared}) for b in bands), gsd, kind)
     except DataError as e: raise DataError(e.problem, file, e.band, e.fix) from None
 
+# %% ../../nbs/10_data.rasters.ipynb #ddcac88c
+def _packed(color, name, file): # '#0000ff' -> 255
+    if not re.fullmatch('#[0-9a-fA-F]{6}', str(color)):
+        raise DataError(f"target '{name}': {color!r} is no colour", file, fix="Write all of its colours as '#rrggbb', in quotes.")
+    return int(color[1:], 16)
+
 # %% ../../nbs/10_data.rasters.ipynb #0000000a
 def parse_target(name:str, # its key in the file
                  d:dict, # what stands there
@@ -128,14 +138,17 @@ def parse_target(name:str, # its key in the file
     "`{kind: mask, classes: [...]}` or `{kind: regression, unit: metre}`; classes may be `{stored value: name}`"
     check_keys(d, ('kind', 'classes', 'colors', 'ignore', 'nodata', 'unit'), f"target '{name}'", file)
     kind = pick(d.get('kind'), ('mask', 'regression'), f"kind of target '{name}'", file)
-    classes = d.get('classes') or []
+    classes, ignore = d.get('classes') or [], d.get('ignore') or []
     if not isinstance(classes, dict): classes = dict(enumerate(classes))
     names, values = list(classes.values()), list(classes)
     if kind == "mask" and not 0 < len(names) < 255:
         raise DataError(f"target '{name}' has {len(names)} classes", file, fix="Name 1 to 254 classes.")
     if kind == 'regression': pick(d.get('unit'), UNITS, f"unit of target '{name}'", file)
-    return TargetSpec(kind, [str(n) for n in names], values, d.get("colors") or [], d.get("ignore") or [],
-                      d.get("nodata"), d.get("unit"))
+    palette, others = bool(values) and all(isinstance(v, str) and v.startswith('#') for v in values), ignore == 'others'
+    colors = d.get('colors') or (values if palette else [])
+    if palette: values, ignore = [_packed(v, name, file) for v in values], ignore if others else [_packed(v, name, file) for v in ignore]
+    return TargetSpec(kind, [str(n) for n in names], values, colors, [] if others else ignore,
+                      d.get("nodata"), d.get("unit"), palette, others)
 
 # %% ../../nbs/10_data.rasters.ipynb #0000000e
 _OVERRIDES = ('scale', 'offset', 'nodata', 'gsd', 'crs', 'transform', 'georef', 'alpha', 'select')
@@ -187,7 +200,7 @@ def pattern_regex(pattern:str, # such as 'images/{city}_{year}.tif'
         regex += re.escape(text)
         if word: regex += f'(?P={word})' if word in seen else f'(?P<{word}>{(where or {}).get(word, "[^/]+?")})'
         seen.add(word)
-    return re.sub(r'\{\w+\}', '*', re.sub(r'([\[\]?*])', r'[\1]', pattern)), re.compile(regex + '$')
+    return re.sub(r'(\{\w+\})+', '*', re.sub(r'([\[\]?*])', r'[\1]', pattern)), re.compile(regex + '$')
 
 # %% ../../nbs/10_data.rasters.ipynb #00000012
 def find_files(root, # folder
@@ -200,7 +213,7 @@ def find_files(root, # folder
     return [(str(Path(root)/p), m.groupdict()) for p in rel if (m := regex.match(p))]
 
 # %% ../../nbs/10_data.rasters.ipynb #00000014
-_DISCOVER = ('root', 'pattern', 'rasters', 'targets', 'where', 'scene', 'group', 'require', 'label')
+_DISCOVER = ('root', 'pattern', 'rasters', 'targets', 'where', 'scene', 'group', 'require', 'label', 'split')
 
 # %% ../../nbs/10_data.rasters.ipynb #c30f5a50
 def _patterns(d, modalities, anchor, file):
@@ -285,8 +298,9 @@ def _found(name, s, d, modalities, targets, file):
         if missing:
             raise DataError(f"scene '{name}' has no file for {', '.join(sorted(missing))}", Path(files[0].path).parent,
                             m, "Complete or remove the folder.")
-    label = d.get('label', '{label}' if 'label' in s['words'] else None)
-    return Scene(name, rasters, tgt, label and label.format(**s['words']), _group(d.get('group'), name, s['words'], file))
+    label, split = (d.get(k, f'{{{k}}}' if k in s['words'] else None) for k in ('label', 'split'))
+    return Scene(name, rasters, tgt, label and label.format(**s['words']), _group(d.get('group'), name, s['words'], file),
+                 split and split.format(**s['words']))
 
 # %% ../../nbs/10_data.rasters.ipynb #e67213e8
 def _group(group, name, words, file): # an expression with (captures), or a format
@@ -297,7 +311,7 @@ def _group(group, name, words, file): # an expression with (captures), or a form
     return group and group.format(**words, name=name)
 
 # %% ../../nbs/10_data.rasters.ipynb #0000001c
-_TOP = ('version', 'root', 'anchor', 'modalities', 'targets', 'tile_label', 'classes', 'scenes', 'discover')
+_TOP = ('version', 'root', 'anchor', 'modalities', 'targets', 'tile_label', 'classes', 'scenes', 'discover', 'splits')
 
 # %% ../../nbs/10_data.rasters.ipynb #88990855
 def _expand(text): # ${NAME} and ${NAME:-default}
@@ -328,6 +342,58 @@ def _class_names(d, scenes, targets, file): # of the tile labels
         if s.label is not None: pick(s.label, classes, f"label of scene '{s.name}'", file)
     return classes
 
+# %% ../../nbs/10_data.rasters.ipynb #fbf2c378
+_PARTS = ('train', 'val', 'test', 'deal', 'none')
+
+def read_names(path, # text file: a name per line, or several with commas between; .csv: needs `column`
+               column:str|None=None # of a CSV file with a header
+              ) -> list: # of str, in the order of the file
+    "The entries of a list of names"
+    if not Path(path).is_file(): raise DataError('there is no such list of names', path, fix='Fetch it, or correct splits.')
+    text = Path(path).read_text(encoding='utf-8-sig')
+    if column is None: return [t for t in (t.strip() for t in re.split(r'[\n,]', text)) if t]
+    rows = list(csv.DictReader(text.splitlines()))
+    return [row[pick(column, row, 'column', path)] for row in rows]
+
+# %% ../../nbs/10_data.rasters.ipynb #ddfc37f5
+def _entry(text, regex, scene, path): # of a list -> the name of a scene
+    if regex is None: return Path(text).name.rsplit('.', 1)[0] if re.search(r'\.[A-Za-z]\w*$', text) else Path(text).name
+    hit = regex.match(text)
+    if not hit: raise DataError(f"the entry '{text}' does not look like '{regex.pattern}'", path, fix='Correct pattern in splits.')
+    return scene.format(**hit.groupdict())
+
+# %% ../../nbs/10_data.rasters.ipynb #5d8de55c
+def _parts(d, root, scene, file): # the `splits` part -> ({text of the split: part}, {name of a scene: part})
+    check_keys(d, ('names', 'lists', 'column', 'pattern', 'where', 'rest'), 'splits', file)
+    regex, named, listed = pattern_regex(d['pattern'], d.get('where'))[1] if d.get('pattern') else None, {}, {}
+    for part, v in (d.get('names') or {}).items():
+        for text in v if isinstance(v, list) else [v]: _once(named, str(text), part, file)
+    for part, path in (d.get('lists') or {}).items():
+        for text in read_names(_join(root, path), d.get('column')): _once(listed, _entry(text, regex, scene, path), part, path)
+    return named, listed
+
+# %% ../../nbs/10_data.rasters.ipynb #bfae6d14
+def _once(parts, name, part, file): # note it; a name in two parts is an error
+    if parts.setdefault(name, pick(part, _PARTS, 'split', file)) != part:
+        raise DataError(f"'{name}' is in the split {parts[name]} and in {part}", file, fix='Take it out of one.')
+
+# %% ../../nbs/10_data.rasters.ipynb #b00c30c9
+def _split(d, scenes, root, scene, file):
+    "Scenes with their split; those of part `none` are left out"
+    named, listed = _parts(d or {}, root, scene, file)
+    if listed and scenes and not any(s.name in listed for s in scenes):
+        raise DataError(f"the lists of splits name none of the scenes: '{next(iter(listed))}' there, '{scenes[0].name}' here", file,
+                        fix='Write pattern: ... in splits.')
+    out = []
+    for s in scenes:
+        part = listed.get(s.name) or named.get(s.split or s.name) or (d or {}).get('rest') or s.split or (d and '?')
+        if part and part not in _PARTS:
+            raise DataError(f"scene '{s.name}' is in no split" + (f" ('{s.split}')" if s.split else ''), file,
+                            fix=f"Name it in splits, or write rest: deal. Parts: {', '.join(_PARTS)}.")
+        s.split = None if part == 'deal' else part
+        if part != 'none': out.append(s)
+    return out
+
 # %% ../../nbs/10_data.rasters.ipynb #4fa5bfc3
 def load_scenes(path, # YAML file, or a dict with the same content
                 root=None # folder that paths start from; None: as the file says, else the file's own folder
@@ -341,6 +407,7 @@ def load_scenes(path, # YAML file, or a dict with the same content
     anchor = pick(d['anchor'], mods, 'anchor', file)
     scenes = [_explicit(s, root, mods, targets, anchor, file) for s in d.get('scenes') or []]
     if d.get('discover'): scenes += discover(d['discover'], root, mods, targets, anchor, file)
+    scenes = _split(d.get('splits'), scenes, root, (d.get('discover') or {}).get('scene', '{scene}'), file)
     _check_names(scenes, file)
     dtypes = {
             k: np.dtype(v["dtype"]).name for k, v in d["modalities"].items() if isinstance(v, dict) and v.get("dtype")}
@@ -360,7 +427,7 @@ def _read_yaml(file):
 # %% ../../nbs/10_data.rasters.ipynb #0000001e
 def _explicit(d, root, mods, targets, anchor, file):
     "A `Scene` from an entry of `scenes`"
-    check_keys(d, ('name', 'group', 'label', 'rasters', 'targets'), 'scene', file)
+    check_keys(d, ('name', 'group', 'label', 'split', 'rasters', 'targets'), 'scene', file)
     for k in ('name', 'rasters'):
         if not d.get(k): raise DataError(f"a scene has no '{k}': {d}", file)
     name = str(d['name'])
@@ -373,8 +440,7 @@ def _explicit(d, root, mods, targets, anchor, file):
     for t, r in (d.get('targets') or {}).items():
         pick(t, targets, f'target of {what}', file)
         tgt[t] = parse_raster(r, root, None, f'{what}: {t}', file)[0]
-    label, group = (None if d.get(k) is None else str(d[k]) for k in ('label', 'group'))
-    return Scene(name, rasters, tgt, label, group)
+    return Scene(name, rasters, tgt, *(None if d.get(k) is None else str(d[k]) for k in ('label', 'group', 'split')))
 
 # %% ../../nbs/10_data.rasters.ipynb #00000020
 def grid_factors(scenes:Scenes # of which modalities and anchor matter
@@ -959,9 +1025,9 @@ def _lay(self:SceneReader, sources, targets): # sources on the grids of their mo
     self.dtypes = {m: np.dtype(S.dtypes.get(m) or ls[0].source.dtype) for m, ls in self.layers.items()}
     for m, ls in self.layers.items(): self._fits(m, ls)
     for t, l in self.targets.items():
-        if l.source.n != 1:
-            raise DataError(
-                    f"target '{t}' has {l.source.n} bands, it needs one", l.source.path, fix="Write bands: [1].")
+        need = (3, 'bands: [1, 2, 3]') if S.targets[t].palette else (1, 'bands: [1]')
+        if l.source.n != need[0]:
+            raise DataError(f"target '{t}' has {l.source.n} bands, it needs {need[0]}", l.source.path, fix=f"Write {need[1]}.")
         self._overlap(l)
     self._limits = {m: self._hard(S.modalities[m], self.dtypes[m]) for m in self.layers}
 
@@ -1163,6 +1229,7 @@ def read_targets(self:SceneReader,
             continue
         l = self.targets[t]
         x, ok = l.read(row, col, height, width)
+        if spec.palette: x = (np.array([65536, 256, 1])[:, None, None]*x).sum(0, keepdims=True)
         out[t] = _classes(x[0], ok, t, spec, l.source) if mask else _amounts(x[0], ok, t, spec, l.source)
     return out
 
@@ -1175,10 +1242,10 @@ def _classes(x, ok, name, spec, s):
     for i, v in enumerate(values):
         hit = (x == v) & ~known
         out[hit] = i
-    wrong = (out == 255) & ~known
+    wrong = (out == 255) & ~known & (not spec.others)
     if wrong.any():
         raise DataError(
-            f"label values {', '.join(f'{v:g}' for v in np.unique(x[wrong])[:8])} "
+            f"label values {', '.join(f'#{v:06x}' if spec.palette else f'{v:g}' for v in np.unique(x[wrong])[:8])} "
             f"are none of the {len(values)} classes",
             s.path,
             f"target '{name}'",
