@@ -47,7 +47,7 @@ class TargetSpec:
     "What a target raster holds"
     kind:str # 'mask' or 'regression'
     classes:list=field(default_factory=list) # class names, a mask is mapped to their indices
-    values:list=field(default_factory=list) # stored value of each class; empty: 0, 1, 2, ...
+    values:list=field(default_factory=list) # stored value of each class, or a list of them; empty: 0, 1, 2, ...
     colors:list=field(default_factory=list) # one per class, for pictures
     ignore:list=field(default_factory=list) # stored values that are neither class nor error: they become 255
     nodata:float|None=None # stored value without meaning; None: as the file declares
@@ -130,6 +130,15 @@ def _packed(color, name, file): # '#0000ff' -> 255
         raise DataError(f"target '{name}': {color!r} is no colour", file, fix="Write all of its colours as '#rrggbb', in quotes.")
     return int(color[1:], 16)
 
+# %% ../../nbs/10_data.rasters.ipynb #b4b2f0df
+def _merged(names, values, colors): # one entry per name; values of the same name become a list
+    spans = [re.fullmatch(r'(\d+)-(\d+)', v) if isinstance(v, str) else None for v in values]
+    values = [list(range(int(m[1]), int(m[2]) + 1)) if m else [v] for v, m in zip(values, spans)]
+    first = list(dict.fromkeys(names))
+    joined = [sum((v for v, n in zip(values, names) if n == name), []) for name in first]
+    if len(colors) == len(names): colors = [colors[names.index(name)] for name in first]
+    return first, [v[0] if len(v) == 1 else v for v in joined], colors
+
 # %% ../../nbs/10_data.rasters.ipynb #0000000a
 def parse_target(name:str, # its key in the file
                  d:dict, # what stands there
@@ -147,7 +156,8 @@ def parse_target(name:str, # its key in the file
     palette, others = bool(values) and all(isinstance(v, str) and v.startswith('#') for v in values), ignore == 'others'
     colors = d.get('colors') or (values if palette else [])
     if palette: values, ignore = [_packed(v, name, file) for v in values], ignore if others else [_packed(v, name, file) for v in ignore]
-    return TargetSpec(kind, [str(n) for n in names], values, colors, [] if others else ignore,
+    names, values, colors = _merged([str(n) for n in names], values, colors)
+    return TargetSpec(kind, names, values, colors, [] if others else ignore,
                       d.get("nodata"), d.get("unit"), palette, others)
 
 # %% ../../nbs/10_data.rasters.ipynb #0000000e
@@ -1240,7 +1250,7 @@ def _classes(x, ok, name, spec, s):
     for v in (*spec.ignore, *(() if spec.nodata is None else (spec.nodata,))): known |= x == v
     values = spec.values or range(len(spec.classes))
     for i, v in enumerate(values):
-        hit = (x == v) & ~known
+        hit = (np.isin(x, v) if isinstance(v, list) else x == v) & ~known
         out[hit] = i
     wrong = (out == 255) & ~known & (not spec.others)
     if wrong.any():
