@@ -163,10 +163,11 @@ def _check_layout(layout, block, file):
     if not example or not example.get("words"): raise DataError(f"{what} has no example", file, fix="Write example: {words: [{scene: ...}], size: ...}.")
     check_keys(example, ("words", "size", "dtype", "bands", "georeferenced"), f"{what}.example", file)
     for words in example["words"]:
-        for name, _, path in example_paths(block, words, mods, targets):
-            pattern = next(p for n, _, p, _ in _all_patterns(block, mods, targets) if n == name)
-            if not pattern_regex(pattern, block["discover"].get("where"))[1].match(path) and "{band}" not in pattern:
-                raise DataError(f"{what}: the example {path} does not match {pattern}", file)
+        for name, _, p, _ in _all_patterns(block, mods, targets):
+            lacking = set(re.findall(r"\{(\w+)\}", p)) - set(words)
+            if lacking and name == block["anchor"]: raise DataError(f"{what}: the example {words} lacks {', '.join(sorted(lacking))}", file)
+            if not lacking and not pattern_regex(p, block["discover"].get("where"))[1].match(p.format(**words)):
+                raise DataError(f"{what}: the example {p.format(**words)} does not match {p}", file)
 
 # %% ../nbs/16_recipes.ipynb #313e5f59
 def _all_patterns(block, mods, targets):  # (modality or target, band, pattern, overrides)
