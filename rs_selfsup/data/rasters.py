@@ -374,7 +374,7 @@ def _group(group, name, words, file): # an expression with (captures), or a form
         hit = re.search(group, name)
         if not hit: raise DataError(f"the group expression '{group}' does not match scene '{name}'", file)
         group = '_'.join(hit.groups())
-    return group and group.format(**words, name=name)
+    return group and group.format(**{'name': name, **words})
 
 # %% ../../nbs/10_data.rasters.ipynb #0000001c
 _TOP = ('version', 'root', 'anchor', 'modalities', 'targets', 'tile_label', 'classes', 'scenes', 'discover', 'splits')
