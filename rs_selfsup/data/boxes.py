@@ -263,17 +263,18 @@ def read_voc(path # of the XML file
     except ElementTree.ParseError as e: raise DataError(f'this is not XML: {e}', path, fix='The file is damaged or cut short.') from None
     out = []
     for i, o in enumerate(root.iter('object'), 1):
-        name, which = o.findtext('name'), f'object {i}'
+        name, which = o.findtext('name') or o.findtext('possibleresult/name'), f'object {i}'
         out.append(Found(which, name, *_voc_points(o, which, path), (o.findtext('difficult') or '0').strip() == '1'))
     return out
 
 def _voc_points(o, which, path): # corners, whether they are turned
-    b, r = o.find('bndbox'), o.find('robndbox')
+    b, r, points = o.find('bndbox'), o.find('robndbox'), o.findall('points/point')
+    if points: return _polygon(_numbers([v for q in points for v in (q.text or '').split(',')], which, path), which, path), True
     if r is not None:
         x, y, w, h, a = _numbers([r.findtext(k) for k in ('cx', 'cy', 'w', 'h', 'angle')], which, path)
         if w <= 0 or h <= 0: raise DataError(f'{which}: a box of {w:g} x {h:g}', path, fix='Correct or remove it.')
         return corners(np.array([0, x, y, w, h, a])), True
-    if b is None: raise DataError(f'{which} has neither bndbox nor robndbox', path, fix='Correct or remove it.')
+    if b is None: raise DataError(f'{which} has neither bndbox nor robndbox nor points', path, fix='Correct or remove it.')
     x0, y0, x1, y1 = _numbers([b.findtext(k) for k in ('xmin', 'ymin', 'xmax', 'ymax')], which, path)
     _upright([x0, y0, x1, y1], which, path)
     return _edges(x0 - 1, y0 - 1, x1, y1), False

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LENGTHS', 'RasterFile', 'TargetSpec', 'BoxFile', 'Scene', 'Scenes', 'parse_modality', 'parse_target', 'parse_raster',
-           'parse_boxes', 'pattern_regex', 'find_files', 'discover', 'load_scenes', 'grid_factors', 'fold_scales',
-           'Source', 'at', 'after', 'pixel_size', 'GdalSource', 'CubeSource', 'open_source', 'whole_steps', 'Grid',
-           'Layer', 'SceneReader']
+           'parse_boxes', 'pattern_regex', 'find_files', 'discover', 'read_names', 'load_scenes', 'grid_factors',
+           'fold_scales', 'Source', 'at', 'after', 'pixel_size', 'GdalSource', 'CubeSource', 'open_source',
+           'whole_steps', 'Grid', 'Layer', 'SceneReader']
 
 # %% ../../nbs/10_data.rasters.ipynb #00000003
 from collections import Counter
-import itertools, math, os, re, warnings
+import csv, itertools, math, os, re, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, rasterio, yaml
@@ -49,7 +49,7 @@ class TargetSpec:
     "What a target holds"
     kind:str # 'mask', 'regression' or 'boxes'
     classes:list=field(default_factory=list) # class names, a mask is mapped to their indices
-    values:list=field(default_factory=list) # stored value of each class (boxes: list of them); empty: 0, 1, 2, ...
+    values:list=field(default_factory=list) # stored value of each class, or a list of them (boxes: always a list); empty: 0, 1, 2, ...
     colors:list=field(default_factory=list) # one per class, for pictures
     ignore:list=field(default_factory=list) # stored values that are neither class nor error: they become 255 (boxes: class -1)
     nodata:float|None=None # stored value without meaning; None: as the file declares
@@ -57,6 +57,8 @@ class TargetSpec:
     scale:float=1. # `unit` per stored step of a regression target, where the file's entry gives none
     offset:float=0. # `unit` of a stored 0, likewise
     factor:float=1. # from the unit of scale and offset to `unit`: .01 where it was written in centimetres
+    palette:bool=False # the file holds red, green, blue; `values` are 65536*red + 256*green + blue
+    others:bool=False # every other stored value becomes 255, too
     rotated:bool|None=None # boxes: turned ones; False: upright ones; None: as the format has it (GeoJSON and DOTA turned)
     least:float=.5 # boxes: share of the area that a tile must show
     class_property:str|None=None # boxes, GeoJSON: property that holds the class; None: there is one class
@@ -80,6 +82,7 @@ class Scene:
     targets:dict=field(default_factory=dict) # target -> `RasterFile`, `BoxFile` for boxes
     label:str|None=None # class of the whole scene
     group:str|None=None # scenes of the same ground share it; None: the scene stands alone
+    split:str|None=None # 'train', 'val', 'test' by an official list; None: dealt by `build_store`
 
 # %% ../../nbs/10_data.rasters.ipynb #8de51b17
 @dataclass
@@ -139,6 +142,21 @@ def parse_modality(name:str, # its key in the file
     try: return Modality(name, tuple(band_from({**b, **shared}) for b in bands), gsd, kind)
     except DataError as e: raise DataError(e.problem, file, e.band, e.fix) from None
 
+# %% ../../nbs/10_data.rasters.ipynb #ddcac88c
+def _packed(color, name, file): # '#0000ff' -> 255
+    if not re.fullmatch('#[0-9a-fA-F]{6}', str(color)):
+        raise DataError(f"target '{name}': {color!r} is no colour", file, fix="Write all of its colours as '#rrggbb', in quotes.")
+    return int(color[1:], 16)
+
+# %% ../../nbs/10_data.rasters.ipynb #b4b2f0df
+def _merged(names, values, colors): # one entry per name; values of the same name become a list
+    spans = [re.fullmatch(r'(\d+)-(\d+)', v) if isinstance(v, str) else None for v in values]
+    values = [list(range(int(m[1]), int(m[2]) + 1)) if m else [v] for v, m in zip(values, spans)]
+    first = list(dict.fromkeys(names))
+    joined = [sum((v for v, n in zip(values, names) if n == name), []) for name in first]
+    if len(colors) == len(names): colors = [colors[names.index(name)] for name in first]
+    return first, [v[0] if len(v) == 1 else v for v in joined], colors
+
 # %% ../../nbs/10_data.rasters.ipynb #0000000a
 _TARGET = ('kind', 'classes', 'colors', 'ignore', 'nodata', 'unit', 'scale', 'offset')
 _BOXES = ('kind', 'classes', 'colors', 'ignore', 'rotated', 'least', 'class_property', 'where', 'format')
@@ -152,14 +170,18 @@ def parse_target(name:str, # its key in the file
     "`{kind: mask, classes: [...]}` or `{kind: regression, unit: centimetre, scale: 20}`; classes may be `{stored value: name}`"
     kind = pick(d.get('kind'), ('mask', 'regression', 'boxes'), f"kind of target '{name}'", file)
     check_keys(d, _BOXES if kind == 'boxes' else _TARGET, f"target '{name}'", file)
-    classes = d.get('classes') or []
+    classes, ignore = d.get('classes') or [], d.get('ignore') or []
     if kind == 'boxes': return _parse_boxes(name, d, classes, file)
     if not isinstance(classes, dict): classes = dict(enumerate(classes))
     names, values = list(classes.values()), list(classes)
     if kind == "mask" and not 0 < len(names) < 255:
         raise DataError(f"target '{name}' has {len(names)} classes", file, fix="Name 1 to 254 classes.")
-    same = [str(n) for n in names], values, d.get('colors') or [], d.get('ignore') or [], d.get('nodata')
-    return TargetSpec(kind, *same) if kind == 'mask' else TargetSpec(kind, *same, *_amount_of(name, d, file))
+    palette, others = bool(values) and all(isinstance(v, str) and v.startswith('#') for v in values), ignore == 'others'
+    colors = d.get('colors') or (values if palette else [])
+    if palette: values, ignore = [_packed(v, name, file) for v in values], ignore if others else [_packed(v, name, file) for v in ignore]
+    names, values, colors = _merged([str(n) for n in names], values, colors)
+    amount = {} if kind == 'mask' else dict(zip(('unit', 'scale', 'offset', 'factor'), _amount_of(name, d, file)))
+    return TargetSpec(kind, names, values, colors, [] if others else ignore, d.get('nodata'), palette=palette, others=others, **amount)
 
 def _amount_of(name, d, file):
     "Unit, scale, offset and factor of a regression target; lengths become metres"
@@ -246,7 +268,7 @@ def pattern_regex(pattern:str, # such as 'images/{city}_{year}.tif'
         regex += re.escape(text)
         if word: regex += f'(?P={word})' if word in seen else f'(?P<{word}>{(where or {}).get(word, "[^/]+?")})'
         seen.add(word)
-    return re.sub(r'\{\w+\}', '*', re.sub(r'([\[\]?*])', r'[\1]', pattern)), re.compile(regex + '$')
+    return re.sub(r'(\{\w+\})+', '*', re.sub(r'([\[\]?*])', r'[\1]', pattern)), re.compile(regex + '$')
 
 # %% ../../nbs/10_data.rasters.ipynb #00000012
 def find_files(root, # folder
@@ -259,7 +281,7 @@ def find_files(root, # folder
     return [(str(Path(root)/p), m.groupdict()) for p in rel if (m := regex.match(p))]
 
 # %% ../../nbs/10_data.rasters.ipynb #00000014
-_DISCOVER = ('root', 'pattern', 'rasters', 'targets', 'where', 'scene', 'group', 'require', 'label')
+_DISCOVER = ('root', 'pattern', 'rasters', 'targets', 'where', 'scene', 'group', 'require', 'label', 'split')
 
 # %% ../../nbs/10_data.rasters.ipynb #c30f5a50
 def _patterns(d, modalities, anchor, file):
@@ -356,8 +378,9 @@ def _found(name, s, d, modalities, targets, file):
         if missing:
             raise DataError(f"scene '{name}' has no file for {', '.join(sorted(missing))}", Path(files[0].path).parent,
                             m, "Complete or remove the folder.")
-    label = d.get('label', '{label}' if 'label' in s['words'] else None)
-    return Scene(name, rasters, tgt, label and label.format(**s['words']), _group(d.get('group'), name, s['words'], file))
+    label, split = (d.get(k, f'{{{k}}}' if k in s['words'] else None) for k in ('label', 'split'))
+    return Scene(name, rasters, tgt, label and label.format(**s['words']), _group(d.get('group'), name, s['words'], file),
+                 split and split.format(**s['words']))
 
 # %% ../../nbs/10_data.rasters.ipynb #e67213e8
 def _group(group, name, words, file): # an expression with (captures), or a format
@@ -365,10 +388,10 @@ def _group(group, name, words, file): # an expression with (captures), or a form
         hit = re.search(group, name)
         if not hit: raise DataError(f"the group expression '{group}' does not match scene '{name}'", file)
         group = '_'.join(hit.groups())
-    return group and group.format(**words, name=name)
+    return group and group.format(**{'name': name, **words})
 
 # %% ../../nbs/10_data.rasters.ipynb #0000001c
-_TOP = ('version', 'root', 'anchor', 'modalities', 'targets', 'tile_label', 'classes', 'scenes', 'discover')
+_TOP = ('version', 'root', 'anchor', 'modalities', 'targets', 'tile_label', 'classes', 'scenes', 'discover', 'splits')
 
 # %% ../../nbs/10_data.rasters.ipynb #88990855
 def _expand(text): # ${NAME} and ${NAME:-default}
@@ -402,6 +425,58 @@ def _class_names(d, scenes, targets, file): # of the tile labels
         if s.label is not None: pick(s.label, classes, f"label of scene '{s.name}'", file)
     return classes
 
+# %% ../../nbs/10_data.rasters.ipynb #fbf2c378
+_PARTS = ('train', 'val', 'test', 'deal', 'none')
+
+def read_names(path, # text file: a name per line, or several with commas between; .csv: needs `column`
+               column:str|None=None # of a CSV file with a header
+              ) -> list: # of str, in the order of the file
+    "The entries of a list of names"
+    if not Path(path).is_file(): raise DataError('there is no such list of names', path, fix='Fetch it, or correct splits.')
+    text = Path(path).read_text(encoding='utf-8-sig')
+    if column is None: return [t for t in (t.strip() for t in re.split(r'[\n,]', text)) if t]
+    rows = list(csv.DictReader(text.splitlines()))
+    return [row[pick(column, row, 'column', path)] for row in rows]
+
+# %% ../../nbs/10_data.rasters.ipynb #ddfc37f5
+def _entry(text, regex, scene, path): # of a list -> the name of a scene
+    if regex is None: return Path(text).name.rsplit('.', 1)[0] if re.search(r'\.[A-Za-z]\w*$', text) else Path(text).name
+    hit = regex.match(text)
+    if not hit: raise DataError(f"the entry '{text}' does not look like '{regex.pattern}'", path, fix='Correct pattern in splits.')
+    return scene.format(**hit.groupdict())
+
+# %% ../../nbs/10_data.rasters.ipynb #5d8de55c
+def _parts(d, root, scene, file): # the `splits` part -> ({text of the split: part}, {name of a scene: part})
+    check_keys(d, ('names', 'lists', 'column', 'pattern', 'where', 'rest'), 'splits', file)
+    regex, named, listed = pattern_regex(d['pattern'], d.get('where'))[1] if d.get('pattern') else None, {}, {}
+    for part, v in (d.get('names') or {}).items():
+        for text in v if isinstance(v, list) else [v]: _once(named, str(text), part, file)
+    for part, path in (d.get('lists') or {}).items():
+        for text in read_names(_join(root, path), d.get('column')): _once(listed, _entry(text, regex, scene, path), part, path)
+    return named, listed
+
+# %% ../../nbs/10_data.rasters.ipynb #bfae6d14
+def _once(parts, name, part, file): # note it; a name in two parts is an error
+    if parts.setdefault(name, pick(part, _PARTS, 'split', file)) != part:
+        raise DataError(f"'{name}' is in the split {parts[name]} and in {part}", file, fix='Take it out of one.')
+
+# %% ../../nbs/10_data.rasters.ipynb #b00c30c9
+def _split(d, scenes, root, scene, file):
+    "Scenes with their split; those of part `none` are left out"
+    named, listed = _parts(d or {}, root, scene, file)
+    if listed and scenes and not any(s.name in listed for s in scenes):
+        raise DataError(f"the lists of splits name none of the scenes: '{next(iter(listed))}' there, '{scenes[0].name}' here", file,
+                        fix='Write pattern: ... in splits.')
+    out = []
+    for s in scenes:
+        part = listed.get(s.name) or named.get(s.split or s.name) or (d or {}).get('rest') or s.split or (d and '?')
+        if part and part not in _PARTS:
+            raise DataError(f"scene '{s.name}' is in no split" + (f" ('{s.split}')" if s.split else ''), file,
+                            fix=f"Name it in splits, or write rest: deal. Parts: {', '.join(_PARTS)}.")
+        s.split = None if part == 'deal' else part
+        if part != 'none': out.append(s)
+    return out
+
 # %% ../../nbs/10_data.rasters.ipynb #4fa5bfc3
 def load_scenes(path, # YAML file, or a dict with the same content
                 root=None # folder that paths start from; None: as the file says, else the file's own folder
@@ -415,6 +490,7 @@ def load_scenes(path, # YAML file, or a dict with the same content
     anchor = pick(d['anchor'], mods, 'anchor', file)
     scenes = [_explicit(s, root, mods, targets, anchor, file) for s in d.get('scenes') or []]
     if d.get('discover'): scenes += discover(d['discover'], root, mods, targets, anchor, file)
+    scenes = _split(d.get('splits'), scenes, root, (d.get('discover') or {}).get('scene', '{scene}'), file)
     _check_names(scenes, file)
     _share(scenes)
     dtypes = {
@@ -441,7 +517,7 @@ def _read_yaml(file):
 # %% ../../nbs/10_data.rasters.ipynb #0000001e
 def _explicit(d, root, mods, targets, anchor, file):
     "A `Scene` from an entry of `scenes`"
-    check_keys(d, ('name', 'group', 'label', 'rasters', 'targets'), 'scene', file)
+    check_keys(d, ('name', 'group', 'label', 'split', 'rasters', 'targets'), 'scene', file)
     for k in ('name', 'rasters'):
         if not d.get(k): raise DataError(f"a scene has no '{k}': {d}", file)
     name = str(d['name'])
@@ -455,8 +531,7 @@ def _explicit(d, root, mods, targets, anchor, file):
         pick(t, targets, f'target of {what}', file)
         boxes = targets[t].kind == 'boxes'
         tgt[t] = parse_boxes(r, root, f'{what}: {t}', file) if boxes else parse_raster(r, root, None, f'{what}: {t}', file)[0]
-    label, group = (None if d.get(k) is None else str(d[k]) for k in ('label', 'group'))
-    return Scene(name, rasters, tgt, label, group)
+    return Scene(name, rasters, tgt, *(None if d.get(k) is None else str(d[k]) for k in ('label', 'group', 'split')))
 
 # %% ../../nbs/10_data.rasters.ipynb #00000020
 def grid_factors(scenes:Scenes # of which modalities and anchor matter
@@ -1041,9 +1116,9 @@ def _lay(self:SceneReader, sources, targets): # sources on the grids of their mo
     self.dtypes = {m: np.dtype(S.dtypes.get(m) or ls[0].source.dtype) for m, ls in self.layers.items()}
     for m, ls in self.layers.items(): self._fits(m, ls)
     for t, l in self.targets.items():
-        if l.source.n != 1:
-            raise DataError(
-                    f"target '{t}' has {l.source.n} bands, it needs one", l.source.path, fix="Write bands: [1].")
+        need = (3, 'bands: [1, 2, 3]') if S.targets[t].palette else (1, 'bands: [1]')
+        if l.source.n != need[0]:
+            raise DataError(f"target '{t}' has {l.source.n} bands, it needs {need[0]}", l.source.path, fix=f"Write {need[1]}.")
         self._overlap(l)
     self._limits = {m: self._hard(S.modalities[m], self.dtypes[m]) for m in self.layers}
 
@@ -1246,6 +1321,7 @@ def read_targets(self:SceneReader,
             continue
         l = self.targets[t]
         x, ok = l.read(row, col, height, width)
+        if spec.palette: x = (np.array([65536, 256, 1])[:, None, None]*x).sum(0, keepdims=True)
         out[t] = _classes(x[0], ok, t, spec, l.source) if mask else _amounts(x[0], ok, t, spec, l.source)
     return out
 
@@ -1256,12 +1332,12 @@ def _classes(x, ok, name, spec, s):
     for v in (*spec.ignore, *(() if spec.nodata is None else (spec.nodata,))): known |= x == v
     values = spec.values or range(len(spec.classes))
     for i, v in enumerate(values):
-        hit = (x == v) & ~known
+        hit = (np.isin(x, v) if isinstance(v, list) else x == v) & ~known
         out[hit] = i
-    wrong = (out == 255) & ~known
+    wrong = (out == 255) & ~known & (not spec.others)
     if wrong.any():
         raise DataError(
-            f"label values {', '.join(f'{v:g}' for v in np.unique(x[wrong])[:8])} "
+            f"label values {', '.join(f'#{v:06x}' if spec.palette else f'{v:g}' for v in np.unique(x[wrong])[:8])} "
             f"are none of the {len(values)} classes",
             s.path,
             f"target '{name}'",
