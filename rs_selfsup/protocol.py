@@ -36,6 +36,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm.auto import tqdm
 
 import rs_selfsup
@@ -133,13 +134,14 @@ def hear(
     self: CachedTiles,
     asked: Batch,  # what the model wants maps of
     batch: Batch,  # the whole batch
-    maps: list,  # (B, D, h, w), what it gets
+    maps: list,  # (B, D, h, w) each, or tuples of tensors, as `Tokens`: what it gets
 ) -> list:
     "Keep the maps of a batch"
     images = {id(x): k for k, x in batch.images.items()}
     key = tuple(images.get(id(asked.images[m])) for m in self.names)
     if None in key: raise DataError("the model changes its images before it encodes them", fix="Train it without a cache.")
-    part = maps[-self.last :] if isinstance(self.last, int) else maps
+    part, self.form = tree_flatten(maps[-self.last :] if isinstance(self.last, int) else maps)
+    self.there, part = [y is not None for y in part], [y for y in part if y is not None]
     if any(y.abs().amax() > torch.finfo(self.dtype).max for y in part): raise DataError("maps beyond the range of float16", fix="Use dtype=torch.float32.")
     if key not in self.kept: self.kept[key] = self.room(part)
     for to, y in zip(self.kept[key], part): to[self.rows : self.rows + len(y)] = y.to(self.dtype).cpu()
@@ -222,7 +224,8 @@ def maps_of(
 ) -> list:  # (B, D, h, w) float32
     "What the encoder said"
     rows, images = self.places(batch.tile), [batch.images[m] for m in self.names]
-    return [y[rows].to(images[0].device).float() for y in self.kept[tuple(i.modality for i in images)]]
+    known = iter(y[rows].to(images[0].device).float() for y in self.kept[tuple(i.modality for i in images)])
+    return tree_unflatten([next(known) if there else None for there in self.there], self.form)
 
 
 CachedTiles.__getitem__, CachedTiles.places, CachedTiles.maps = cached_batch, places, maps_of
