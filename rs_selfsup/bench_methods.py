@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OWN', 'PAIRS', 'method_learner', 'method_store', 'bench_learners', 'byol_pair', 'dino_pair', 'msad_pair',
-           'bench_lightly', 'bench_msad', 'bench_matching']
+           'bench_lightly', 'bench_msad', 'bench_matching', 'bench_cached']
 
 # %% ../nbs/97_bench_methods.ipynb #390165fa
 import copy
@@ -238,3 +238,37 @@ def bench_matching(
     same = np.isclose(np.sort(every, 1)[:, : d.shape[1]], d.numpy(), atol=1e-2).all(1).mean()
     return [Row(f"matched cells as by brute force, share of {n} pairs of views", float(same), 1.0, unit=""),
             Row("matched cells: median distance", float(d.median()), 7.0, "max", "px")]
+
+# %% ../nbs/97_bench_methods.ipynb #2efd88fb
+def bench_cached(
+    repeats: int = 5,  # pairs of epochs
+    epochs: int = 100,  # of a whole probe
+    n_scenes: int = 4,  # of 256 m
+    **encoder,  # settings of timm; none: 192 channels, 6 layers
+) -> list[Row]:
+    "Epochs of a linear segmentation probe on cached maps against encoding every time."
+    from contextlib import ExitStack
+
+    from rs_selfsup.backbones import create_encoder
+    from rs_selfsup.bench import timed
+    from rs_selfsup.data.loading import dataloaders
+    from rs_selfsup.downstream.segmentation import SegmentationLearner
+    from rs_selfsup.protocol import cached
+
+    def train(learn, n):
+        with learn.no_bar(), learn.no_logging(): learn.fit_task(n, lr=1e-2)
+
+    with demo_threads(), tempfile.TemporaryDirectory() as d:
+        store = method_store(Path(d), n_scenes)
+        enc = create_encoder("vit_tiny_patch16_224", store.modalities, store.anchor, patch_size=8, **(encoder or dict(embed_dim=192, depth=6, num_heads=3)))
+        make = lambda: SegmentationLearner(dataloaders(store, bs=64, augment=False, splits=("train",)), enc, "landcover")
+        plain, quick, place = make(), make(), ExitStack()
+        train(plain, 1)
+        start = timed(lambda: place.enter_context(cached(quick)))
+        with place:
+            train(quick, 1)
+            times = np.array([(timed(lambda: train(plain, 1)), timed(lambda: train(quick, 5)) / 5) for _ in range(repeats)])
+    a, b = np.median(times, 0)
+    note = f"{a:.2f} s, {b:.3f} s; filling it {start:.2f} s, once"
+    return [Row("dense probe on cached maps against encoding in every epoch, per epoch", float(np.median(times[:, 0] / times[:, 1])), 10, note=note),
+            Row(f"the same, {epochs} epochs with filling the cache", float(epochs * a / (start + epochs * b)), 10)]

@@ -20,7 +20,7 @@ from rasterio.warp import transform as warp_points
 from tqdm import tqdm
 from .. import __version__
 from ..modalities import DataError, Modality
-from .boxes import IGNORE, UNKNOWN, cut as cut_boxes
+from .boxes import IGNORE, UNKNOWN, cut as cut_boxes, on_ground, show_boxes
 from .rasters import Scenes, TargetSpec, grid_factors, load_scenes
 
 # %% ../../nbs/11_data.tiles.ipynb #00000007
@@ -117,8 +117,8 @@ def assign_splits(weights, # (n,) tiles in each block
                  ) -> np.ndarray: # (n,) int8: 0 train, 1 val, 2 test
     "Give blocks to splits at random, close to the shares, no split empty while there are blocks enough"
     weights, fractions = np.asarray(weights, float), np.asarray(fractions, float)
-    largest, wanted = int(fractions.argmax()), [s for s in np.argsort(fractions, kind='stable') if fractions[s] > 0]
-    out, order = np.full(len(weights), largest, np.int8), np.random.default_rng(seed).permutation(len(weights))
+    wanted = [s for s in np.argsort(fractions, kind='stable') if fractions[s] > 0]
+    out, order = np.full(len(weights), wanted[-1], np.int8), np.random.default_rng(seed).permutation(len(weights))
     left = [i for i in order if weights[i] > 0]
     for k, s in enumerate(wanted[:-1]):
         need, got, keep = fractions[s]*weights.sum()/fractions.sum(), 0, len(wanted) - 1 - k
@@ -848,7 +848,7 @@ def build_store(scenes, # `Scenes`, or path of their YAML file
                 tile:int=224, # side of a tile, anchor pixels; a multiple of every modality's factor
                 stride:int|None=None, # from one tile to the next, anchor pixels; None: `tile`
                 min_valid:float=.5, # least share of valid anchor pixels; other modalities may be missing
-                splits=(.8, .1, .1), # shares of train, val, test
+                splits=(.8, .1, .1), # shares of train, val, test, for scenes without a split of their own
                 block:float|None=None, # side of the blocks dealt to the splits, m (px without CRS); None: 32, 16, 8 or 4 tiles
                 buffer:float|None=None, # least ground distance between splits, m (pixels without CRS); None: half a tile
                 workers:int=1, # processes that read and write
@@ -890,13 +890,32 @@ def _asked(scenes, tile, stride, min_valid, splits, block, buffer, seed): # all 
     boxes = {k: dataclasses.asdict(t) for k, t in scenes.targets.items() if t.kind == 'boxes'}
     return json.loads(json.dumps({**d, **({'boxes': boxes} if boxes else {})}))
 
+# %% ../../nbs/11_data.tiles.ipynb #75e18bb9
+def _given(plan): # (n,) the split that the scene of each candidate tile came with, -1: none
+    of = [SPLITS.index(s.split) if s.split else -1 for s in plan.scenes.scenes]
+    return np.repeat(np.array([of[i] for i in plan.grids], np.int8), [len(g) for g in plan.grids.values()])
+
+# %% ../../nbs/11_data.tiles.ipynb #aa7ea472
+def _deal(plan, ground, asked, weights):
+    "Official splits as they are; the rest is dealt on its own"
+    given, n = _given(plan), len(plan.grids)
+    free = given < 0
+    if free.all(): return ground.deal(asked['splits'], asked['seed'], weights)
+    out = Splits(given, ground.scene.copy(), ground.cluster, ground.boxes, np.full(len(given), np.inf))
+    if free.any():
+        own = [i for i in plan.grids if not plan.scenes.scenes[i].split]
+        rest = Ground([plan.places[i] for i in own], [plan.grids[i] for i in own], ground.tile, asked['block'], asked['buffer'])
+        dealt = rest.deal(asked['splits'], asked['seed'], None if weights is None else np.asarray(weights)[free])
+        out.split[free], out.block[free], out.side[free] = dealt.split, dealt.block + n, dealt.side
+    return out
+
 # %% ../../nbs/11_data.tiles.ipynb #0000005e
 def _cut_all(plan, ground, asked, journal, crew, progress):
     "Deal and cut; a second time, by what was found, where a split came out empty for nodata"
-    deal = lambda: ground.deal(asked['splits'], asked['seed'], journal.weights)
+    free, deal = _given(plan) < 0, lambda: _deal(plan, ground, asked, journal.weights)
     dealt = deal()
     _cut_once(plan, dealt, asked['stride'], journal, crew, progress)
-    if journal.weights is None and _lopsided(dealt, journal.kept(), asked['splits']):
+    if journal.weights is None and _lopsided(dealt, [k for k in journal.kept() if free[k[0]]], asked['splits']):
         weights = np.zeros(len(ground.scene), int)
         weights[[k[0] for k in journal.kept()]] = 1
         journal.add(weights=weights.tolist())
@@ -1018,7 +1037,8 @@ def _metadata(root, layout, index, per):
 # %% ../../nbs/11_data.tiles.ipynb #0718f1c3
 def store_boxes(root, # folder of the store
                 plan:Plan, # with the boxes of its scenes
-                index # table of the stored tiles; gets a column for each target of boxes
+                index, # table of the stored tiles; gets a column for each target of boxes
+                valid:TileFiles # validity of the anchor
                ) -> dict: # target -> split -> class -> boxes; also tiles without boxes, and tiles where they are unknown
     "Cut the boxes of all scenes to tiles and write them"
     L, out = plan.layout, {}
@@ -1026,10 +1046,14 @@ def store_boxes(root, # folder of the store
     for k, spec in L.targets.items():
         if spec.kind != 'boxes': continue
         rows, size = [], (L.tile, L.tile)
-        for scene, r, c in zip(index.scene, index.row, index.col):
+        for t, scene, r, c, full in zip(index.tile, index.scene, index.row, index.col, index[f'full_{L.anchor}']):
             b = plan.boxes[number[scene]][k]
-            rows.append(None if b is None else cut_boxes(b, r, c, size, spec.rotated, spec.least).astype('<f4'))
-        index[f'boxes_{k}'] = [UNKNOWN + 1 if b is None else len(b) for b in rows]
+            if b is not None:
+                b = cut_boxes(b, r, c, size, spec.rotated, spec.least)
+                if len(b) and not full: b = on_ground(b, valid.take([t])[0], spec.least)
+                b = b.astype('<f4')
+            rows.append(b)
+        index[f'boxes_{k}'] = [-1 if b is None else len(b) for b in rows]
         _write_rows(Path(root), f'target_{k}', np.concatenate([np.zeros((0, 6), '<f4'), *(b for b in rows if b is not None)]))
         out[k] = _count_boxes(rows, index.split, spec.classes)
     return out
@@ -1064,9 +1088,9 @@ def _finish(out, plan, ground, dealt, journal, chunk, crew, asked):
     L, (index, outlines) = plan.layout, _index(plan, ground, dealt, journal)
     full = {k: index[f'full_{k}'].to_numpy() for k in L.modalities}
     per, there = _close_files(L, out, len(index), chunk, full)
-    train = np.flatnonzero(index.split == 'train') if asked['splits'][0] > 0 else np.arange(len(index))
+    train = np.flatnonzero(index.split == 'train') if asked['splits'][0] > 0 or (index.split == 'train').any() else np.arange(len(index))
     for h in crew: h.ask('resize', per)
-    counts = store_boxes(out, plan, index)
+    counts = store_boxes(out, plan, index, L.files(out, per)[f'valid_{L.anchor}'])
     stats = statistics(L, crew, train, {k: v[train] for k, v in full.items()})
     _write(out/'stats.json', json.dumps(stats, indent=1))
     _write(out/'index.csv', index.to_csv(index=False, lineterminator='\n'))
@@ -1104,7 +1128,8 @@ def make_report(plan, # `Plan`
                          georeferenced=p.crs is not None))
     side = dealt.side[np.isfinite(dealt.side)]*ground.size[np.isfinite(dealt.side)]
     missing = {k: int((index[f'valid_{k}'] == 0).sum()) for k in plan.layout.modalities}
-    return dict(tiles=len(index), candidates=len(ground.scene), splits={k: int((index.split == k).sum()) for k in SPLITS}, seed=asked['seed'],
+    given = sum(plan.scenes.scenes[i].split is not None for i in plan.places)
+    return dict(tiles=len(index), given=given, candidates=len(ground.scene), splits={k: int((index.split == k).sum()) for k in SPLITS}, seed=asked['seed'],
                 left_out=dict(buffer=sum(r['buffer'] for r in rows), few_valid=sum(r['few_valid'] for r in rows),
                               failed_scenes=len(journal.failed), too_small_scenes=sum(r['too_small'] for r in rows)),
                 failed={names[i]: why for i, why in sorted(journal.failed.items())}, missing_modality={k: n for k, n in missing.items() if n},
@@ -1138,6 +1163,7 @@ def report_text(r:dict # from `make_report`
     notes = [f"{many(n, 'tile')} without any valid pixel of {k}" for k, n in r['missing_modality'].items()]
     notes += [f'no tile in {k}: too few blocks of ground; choose a smaller block or buffer' for k, n in r['splits'].items() if not n]
     if r['unlabelled']: notes.append(f"{many(r['unlabelled'], 'tile')} without a label")
+    if r.get('given'): notes.append(f"{many(r['given'], 'scene')} with an official split, kept as it is: ground of two splits may touch there")
     flat = sum(not s['georeferenced'] for s in r['scenes'])
     if flat: notes.append(f"{many(flat, 'scene')} without a CRS: no outline in the index, split by group")
     if notes: out += ['', '## To know', '', *(f'- {n}' for n in notes)]
@@ -1329,7 +1355,7 @@ def show(self:TileStore,
          ids=None, # tile ids; None: `n` spread over the store
          n:int=3 # how many
         ):
-    "Pictures of tiles, all modalities, what is not real hatched"
+    "Pictures of tiles, all modalities, with their boxes, what is not real hatched"
     from rs_selfsup.show import show_modalities
     import matplotlib.pyplot as plt
     ids = np.linspace(0, len(self) - 1, min(n, len(self))).astype(int) if ids is None else np.atleast_1d(ids)
@@ -1342,6 +1368,8 @@ def show(self:TileStore,
         valid = {k: None if v is None else v[0, 0] for k, v in b['valid'].items()}
         label = f", {self.classes[b['label'][0]]}" if b['label'][0] >= 0 else ''
         show_modalities(images, self.modalities, valid, row, f"{i} {self.index.split[i]}{label}\n")
+        for k in self._boxes:
+            for m, ax in zip(images, row): show_boxes(self.boxes(k, [i])[0], ax, self.targets[k].colors, self.layout.factors[m])
     return axs
 
 # %% ../../nbs/11_data.tiles.ipynb #00000073

@@ -40,7 +40,7 @@ def cross_entropy(
     at = target.masked_fill(~counts, 0)[:, None]
     w = counts.float() if weight is None else weight.float()[at[:, 0]] * counts
     picked = log_p.gather(1, at)[:, 0]
-    loss = -(1 - smoothing) * picked - smoothing * log_p.mean(1)
+    loss = -(1 - smoothing) * picked - smoothing * log_p.mean(1) if smoothing else -picked
     if gamma: loss = loss * (1 - picked.exp()).clamp(min=1e-6) ** gamma
     return (w * loss).sum() / w.sum().clamp(min=1e-6)
 
