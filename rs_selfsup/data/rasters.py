@@ -1277,7 +1277,7 @@ def boxes(self:SceneReader,
 @patch
 def _place_boxes(self:SceneReader, f, spec): # read a file and put its boxes on the grid
     if f is None: return None
-    _exists(f.path)
+    if not f.path.endswith('.txt') or not Path(f.path).is_file(): _exists(f.path)    # an empty text file says that there is nothing
     found, to_pixels = self._found(f, spec)
     if found is None: return None
     s = self.first
