@@ -84,8 +84,10 @@ def voc(path, b=TURNED, turned=False):
             q = "<robndbox>" + "".join(f"<{k}>{v}</{k}>" for k, v in zip(("cx", "cy", "w", "h", "angle"), [*o[1:5], o[5] % math.pi])) + "</robndbox>"
         else:
             q = f"<bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{u}</xmax><ymax>{v}</ymax></bndbox>"
-        out.append(f"<object><name>{NAMES[int(o[0])]}</name><pose>Unspecified</pose><truncated>0</truncated><difficult>{int(o[0] == 2)}</difficult>{q}</object>")
-    path.write_text(f"<annotation><filename>a.tif</filename><size><width>{W}</width><height>{H}</height><depth>3</depth></size>{''.join(out)}</annotation>")
+        about = f"<name>{NAMES[int(o[0])]}</name><pose>Unspecified</pose><truncated>0</truncated><difficult>{int(o[0] == 2)}</difficult>"
+        out.append(f"<object>{about}{q}</object>")
+    size = f"<size><width>{W}</width><height>{H}</height><depth>3</depth></size>"
+    path.write_text(f"<annotation><filename>a.tif</filename>{size}{''.join(out)}</annotation>")
     return str(path)
 
 
@@ -160,7 +162,7 @@ def test_pixel_formats_and_geojson_on_an_image_without_a_place(tmp_path):
 
 def test_boxes_follow_the_grid_when_the_file_is_finer(tmp_path):
     image = raster(tmp_path / "a.tif")
-    half = lambda b: np.c_[b[:, 0], b[:, 1:5] / 2, b[:, 5]]  # noqa: E731
+    half = lambda b: np.c_[b[:, 0], b[:, 1:5] / 2, b[:, 5]]
     np.testing.assert_allclose(read(image, dota(tmp_path / "a.txt"), gsd=1.0), half(WHOLE), atol=1e-4)
     np.testing.assert_allclose(read(image, geojson(tmp_path / "g.geojson"), gsd=1.0, class_property="kind"), half(TURNED), atol=1e-4)
 
@@ -380,7 +382,8 @@ def test_boxes_move_with_the_pixels(rotated, scale, one_thread):
     b[:, 0] = 1
     pictures = np.stack([paint(o, side) for o in b])
     t = torch.tensor(b, dtype=torch.float32)[:, None]
-    batch = Batch(dict(rgb=torch.tensor(pictures)[:, None]), dict(rgb=torch.ones(B, 1, side, side, dtype=torch.bool)), dict(o=t), key=keys(0, 0, torch.arange(B)))
+    x = torch.tensor(pictures)[:, None]
+    batch = Batch(dict(rgb=x), dict(rgb=torch.ones_like(x) > 0), dict(o=t), key=keys(0, 0, torch.arange(B)))
     spec = TargetSpec("boxes", ["a", "b"], rotated=rotated)
     out = Augment(dict(rgb=preset("rgb", gsd=1)), crop, scale=scale, boxes=dict(o=spec)).geometry(batch)
     got, moved = out.targets["o"][:, 0].numpy(), out.images["rgb"][:, 0].numpy()
@@ -516,7 +519,7 @@ def test_a_stopped_build_ends_with_the_same_bytes(town, tmp_path, monkeypatch):
         build_store(S, tmp_path / "again", tile=48, progress=False, splits=(1, 0, 0), min_valid=0.1)
     monkeypatch.setattr(Journal, "add", add)
     build_store(S, tmp_path / "again", tile=48, progress=False, splits=(1, 0, 0), min_valid=0.1)
-    files = lambda p: {f.relative_to(p): f.read_bytes() for f in p.rglob("*") if f.is_file()}  # noqa: E731
+    files = lambda p: {f.relative_to(p): f.read_bytes() for f in p.rglob("*") if f.is_file()}
     assert files(tmp_path / "again") == files(store.path)
     S2 = load_scenes(folder / "scenes" / "scenes.yaml")
     S2.scenes[2].targets.pop("buildings")
@@ -535,7 +538,8 @@ def test_what_is_broken_says_so(town, tmp_path):
     import xarray
 
     ds = xarray.open_zarr(store.path)
-    assert ds.target_buildings.shape == (store.index.boxes_buildings.clip(lower=0).sum(), 6) and (ds.boxes_buildings.values == store.index.boxes_buildings).all()
+    assert ds.target_buildings.shape == (store.index.boxes_buildings.clip(lower=0).sum(), 6)
+    assert (ds.boxes_buildings.values == store.index.boxes_buildings).all()
 
 
 def test_stores_without_boxes_are_as_before(tmp_path):
@@ -548,11 +552,13 @@ def test_stores_without_boxes_are_as_before(tmp_path):
     store = build_store(S, tmp_path / "store", tile=48, progress=False, splits=(1, 0, 0), min_valid=0)
     d = json.loads((tmp_path / "store" / "store.json").read_text())
     assert set(d["targets"]["landcover"]) == {"kind", "classes", "values", "colors", "ignore", "nodata", "unit"} and "boxes" not in d["asked"]
-    assert not [c for c in store.index if c.startswith("boxes")] and "boxes" not in store.report and TileStore(store.path).targets["height"].kind == "regression"
+    assert not [c for c in store.index if c.startswith("boxes")] and "boxes" not in store.report
+    assert TileStore(store.path).targets["height"].kind == "regression"
 
 
 def test_a_scene_with_bad_boxes_is_left_out_and_named(tmp_path):
-    scenes = [dict(name=n, rasters=dict(rgb=raster(tmp_path / f"{n}.tif", x0=X0 + 500 * i)), targets=dict(o=str(tmp_path / f"{n}.txt"))) for i, n in enumerate("ab")]
+    images = {n: raster(tmp_path / f"{n}.tif", x0=X0 + 500 * i) for i, n in enumerate("ab")}
+    scenes = [dict(name=n, rasters=dict(rgb=p), targets=dict(o=str(tmp_path / f"{n}.txt"))) for n, p in images.items()]
     dota(tmp_path / "a.txt")
     (tmp_path / "b.txt").write_text("1 1 1 1 1 1 1 1 car 0\n")
     doc = dict(anchor="rgb", modalities=dict(rgb=RGB), targets=dict(o=dict(kind="boxes", classes=NAMES)), scenes=scenes)

@@ -159,7 +159,7 @@ def show_boxes(b, # (n, 6) boxes of a tile, in anchor pixels; NaN rows are left 
     for o, p in zip(b, corners(b)/factor - .5):                    # pictures have pixel centres at whole numbers
         if np.isnan(o).any(): continue
         style = dict(ec='white', ls='--') if o[0] < 0 else dict(ec=colors[int(o[0]) % len(colors)])
-        ax.add_patch(Polygon(p, fc='none', lw=1.2, **style))
+        ax.add_patch(Polygon(p, fc='none', lw=.9, **style))
     return ax
 
 # %% ../../nbs/09_data.boxes.ipynb #f74331f4

@@ -1146,7 +1146,8 @@ def report_text(r:dict # from `make_report`
     flat = sum(not s['georeferenced'] for s in r['scenes'])
     if flat: notes.append(f"{many(flat, 'scene')} without a CRS: no outline in the index, split by group")
     for k, n in (r.get('boxes') or {}).items():
-        if lost := sum(o['unknown'] for o in n.values()): notes.append(f"{many(lost, 'tile')} whose {k} are unknown: their scenes have no file, or it does not name them")
+        lost = sum(o['unknown'] for o in n.values())
+        if lost: notes.append(f"{many(lost, 'tile')} whose {k} are unknown: their scenes have no file, or it does not name them")
     if notes: out += ['', '## To know', '', *(f'- {n}' for n in notes)]
     out += _boxes_text(r.get('boxes') or {})
     head = ['', '## Scenes', '', '| scene | candidates | tiles | few valid | buffer |', '|---|---|---|---|---|']
