@@ -1,10 +1,12 @@
 "Everything that describes the package stands in settings.ini; this file only hands it to setuptools."
 
 import shlex
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
@@ -28,7 +30,22 @@ extras["all"] = sorted({r for rs in extras.values() for r in rs})
 extras["dev"] = shlex.split(cfg["dev_requirements"])
 readme = HERE / "README.md"
 
+
+
+class BuildWithRecipes(build_py):
+    "The data recipes lie beside the package in the tree, and inside it in the wheel."
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            out = Path(self.build_lib) / cfg["lib_name"] / "data_recipes"
+            out.mkdir(parents=True, exist_ok=True)
+            for path in (HERE / "data_recipes").glob("*.yaml"):
+                shutil.copy(path, out)
+
+
 setup(
+    cmdclass={"build_py": BuildWithRecipes},
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -405,20 +406,17 @@ def bench_demo() -> list[Row]:
     return rows
 
 # %% ../nbs/96_bench.ipynb #00000013
-def _methods(name):
-    "A benchmark of the methods, imported when it is called"
-    def bench(repeats=5):
-        from rs_selfsup import bench_methods
-
-        return getattr(bench_methods, name)(repeats)
-
+def _late(name, module="bench_methods"):
+    "A benchmark of another module, imported when it is called"
+    def bench(*args, **kw): return getattr(import_module(f"rs_selfsup.{module}"), name)(*args, **kw)
     return bench
 
 
 BENCHMARKS = dict(masks=bench_masks, step=bench_step, parts=bench_parts, build=bench_build, torchgeo=bench_torchgeo,
-                  learners=_methods("bench_learners"), lightly=_methods("bench_lightly"), msad=_methods("bench_msad"), matching=_methods("bench_matching"),
-                  cached=_methods("bench_cached"), processes=bench_processes, memory=bench_memory, demo=bench_demo)
-SLOW = ("processes", "memory", "demo")
+                  learners=_late("bench_learners"), lightly=_late("bench_lightly"), msad=_late("bench_msad"), matching=_late("bench_matching"),
+                  predict=_late("bench_predict", "bench_maps"), seam=_late("bench_seam", "bench_maps"), cached=_late("bench_cached"),
+                  processes=bench_processes, memory=bench_memory, maps_memory=_late("bench_maps_memory", "bench_maps"), demo=bench_demo)
+SLOW = ("processes", "memory", "maps_memory", "demo")
 
 # %% ../nbs/96_bench.ipynb #bedfee27
 def _machine() -> dict:

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'CONFIG', 'STEP_COLUMNS', 'TASKS', 'TASK_CONFIG', 'read_config', 'parse_settings', 'layered',
-           'build_parser', 'synth', 'build', 'store_pictures', 'save_figure', 'pretrain', 'begin', 'learner', 'loaders',
-           'in_precision', 'read_run', 'run', 'finish', 'plot_curves', 'load', 'embed', 'export', 'probe', 'finetune',
-           'task_learner', 'run_task', 'predict', 'find_scene', 'compare', 'named_method', 'evaluate', 'table', 'bench',
-           'demo', 'main']
+           'build_parser', 'synth', 'data', 'build', 'store_pictures', 'save_figure', 'pretrain', 'begin', 'learner',
+           'loaders', 'in_precision', 'read_run', 'run', 'finish', 'plot_curves', 'load', 'embed', 'export', 'probe',
+           'finetune', 'task_learner', 'run_task', 'predict', 'find_scene', 'compare', 'named_method', 'evaluate',
+           'table', 'bench', 'demo', 'main']
 
 # %% ../nbs/95_cli.ipynb #00000003
 import argparse
 import json
 import os
+import re
 import sys
 import tomllib
 import warnings
@@ -57,7 +58,7 @@ def parse_settings(
         try:
             out[name.replace("-", "_")] = json.loads(value)
         except json.JSONDecodeError:
-            out[name.replace("-", "_")] = value
+            out[name.replace("-", "_")] = float(value) if re.fullmatch(r"[+-]?(\d+\.|\.\d+)", value) else value  # .5 and 1. are no JSON
     return out
 
 # %% ../nbs/95_cli.ipynb #0000000c
@@ -86,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("rs-selfsup", description=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_synth, _add_build, _add_pretrain, _add_resume, _add_embed, _add_probe, _add_export, _add_compare, _add_finetune, _add_predict, _add_bench,
-                _add_demo, _add_evaluate, _add_table):
+                _add_demo, _add_evaluate, _add_table, _add_data):
         p = add(commands)
         p.add_argument("--config", metavar="FILE", help="TOML or YAML file with the same settings; flags win")
         p.set_defaults(subparser=p)
@@ -123,6 +124,57 @@ def _add_synth(commands):
     p.add_argument("--modalities", nargs="+", default=["rgb", "dsm", "ms2", "ms10", "sar"], help="of rgb dsm ms2 ms10 sar rgb_t2")
     p.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
     p.add_argument("--workers", type=int, default=1, help="processes")
+    return p
+
+# %% ../nbs/95_cli.ipynb #56d89b19
+def data(args):
+    "`rs-selfsup data`: the recipes of known datasets."
+    from rs_selfsup.recipes import fetch, list_recipes, load_recipe, recipe_page
+
+    if args.action == "list":
+        rows = [(r.name, "fetch" if any(f.url for f in r.files) else "by hand", ", ".join(r.tasks), r.title) for r in list_recipes()]
+        for row in [("NAME", "FILES", "TASKS", "TITLE"), *rows]: print(f"{row[0]:<24} {row[1]:<8} {row[2]:<34} {row[3]}")
+        return
+    if not args.name: raise DataError(f"data {args.action} needs a name", fix="`rs-selfsup data list` shows them.")
+    r = load_recipe(args.name)
+    if args.action == "show": return print(recipe_page(r))
+    if not args.root: raise DataError(f"data {args.action} needs --root", fix="Name the folder of the dataset: --root DIR.")
+    if args.action == "fetch":
+        fetch(r, args.root, args.accept_licence, keep=not args.remove_archives)
+        return print(f"fetched: {args.root}\nnext:    rs-selfsup data prepare {args.name} --root {args.root} --store STORE")
+    _prepare(r, args)
+
+# %% ../nbs/95_cli.ipynb #bdc6f4d0
+def _prepare(r, args):
+    from rs_selfsup.recipes import prepare
+
+    kw = {k: getattr(args, k) for k in ("layout", "tile", "splits", "seed")}
+    if args.store: kw |= dict(stride=args.stride, min_valid=args.min_valid, workers=args.workers)
+    layout, scenes, counts, store = prepare(r, args.root, args.store, **kw)
+    print(f"{r.title}, layout {layout}: {len(scenes)} scenes ({', '.join(f'{k} {n}' for k, n in counts.items())})")
+    for k, m in scenes.modalities.items(): print(f"  {k:<12} {m.n_bands} bands, {m.gsd:g} m, {sum(k in s.rasters for s in scenes)} scenes")
+    for k, t in scenes.targets.items(): print(f"  {k:<12} {t.kind}, {sum(k in s.targets for s in scenes)} scenes")
+    if store is None: return print(f"next:    rs-selfsup data prepare {args.name} --root {args.root} --store STORE")
+    store_pictures(store, args.store)
+    print((args.store / "report.md").read_text().split("\n## Scenes")[0])
+    print(f"store:    {args.store}\npictures: {args.store / 'tiles.png'}\nnext:     rs-selfsup pretrain {args.store} RUN")
+
+# %% ../nbs/95_cli.ipynb #551db478
+def _add_data(commands):
+    p = _command(commands, "data", data, "list, show, fetch and prepare known datasets", "prepare eurosat_rgb --root eurosat --store store")
+    p.add_argument("action", choices=["list", "show", "fetch", "prepare"], help="what to do")
+    p.add_argument("name", nargs="?", help="of a recipe, or path of a YAML file; not for list")
+    p.add_argument("--root", type=Path, help="folder of the dataset (fetch, prepare)")
+    p.add_argument("--accept-licence", action="store_true", help="the terms that `show` prints were read and are accepted (fetch)")
+    p.add_argument("--remove-archives", action="store_true", help="delete archives once they are unpacked (fetch)")
+    p.add_argument("--store", type=Path, help="tile store to build (prepare; default: only look)")
+    p.add_argument("--layout", help="of the recipe (prepare; default: the first that fits)")
+    p.add_argument("--tile", type=int, help="side of a tile in anchor pixels (prepare; default: the recipe's)")
+    p.add_argument("--stride", type=int, help="from tile to tile in anchor pixels (prepare; default: the tile)")
+    p.add_argument("--min-valid", type=float, default=0.5, help="least share of valid anchor pixels (prepare)")
+    p.add_argument("--splits", type=float, nargs=3, metavar=("TRAIN", "VAL", "TEST"), help="shares of scenes without a published split (default: the recipe's)")
+    p.add_argument("--seed", type=int, help="of the splits (prepare; default: the recipe's)")
+    p.add_argument("--workers", type=int, default=1, help="processes that read (prepare)")
     return p
 
 # %% ../nbs/95_cli.ipynb #00000011
@@ -444,7 +496,7 @@ def _add_probe(commands):
     return p
 
 # %% ../nbs/95_cli.ipynb #7ce820d2
-TASKS = ("segmentation", "height", "change")
+TASKS = ("segmentation", "height", "change", "classification")
 TASK_CONFIG = ("store", "task", "encoder", "target", "mode", "decoder", "modalities", "label_fraction", "patch_size", "crop", "epochs", "bs", "lr", "warmup",
                "accumulate", "precision", "workers", "threads", "save_every", "keep", "tensorboard", "seed", "split", "settings")
 
@@ -459,14 +511,15 @@ def finetune(args):
 # %% ../nbs/95_cli.ipynb #3f2f5199
 def _add_finetune(commands):
     example = "store run --task segmentation --encoder pre/encoder_all.safetensors --target landcover --decoder fpn --mode finetune"
-    p = _command(commands, "finetune", finetune, "a head for segmentation, height or change, with the encoder frozen or trained too", example)
-    p.add_argument("store", type=Path, help="tile store with a dense target")
+    p = _command(commands, "finetune", finetune, "a head for a task, with the encoder frozen or trained too", example)
+    p.add_argument("store", type=Path, help="tile store with labels or a dense target")
     p.add_argument("out", type=Path, help="folder of the run")
     p.add_argument("--task", choices=TASKS, default="segmentation", help="what is learned; each has a page of its own")
     p.add_argument("--encoder", default="vit_small_patch16_224", help="file from pretrain or export; or a timm name: from scratch")
-    p.add_argument("--target", help="name of the dense target (default: the only one of the task's kind)")
+    p.add_argument("--target", help="name of the dense target (default: the only one of the task's kind; classification: the tiles' label)")
     p.add_argument("--mode", choices=["probe", "finetune"], default="probe", help="leave the encoder as it is, or train it too")
-    p.add_argument("--decoder", choices=["linear", "fpn", "upernet", "dpt"], default="linear", help="from the encoder's maps to pixels")
+    p.add_argument("--decoder", choices=["linear", "fpn", "upernet", "dpt", "attention"], default="linear",
+                   help="from the encoder's maps to pixels; classification: linear or attention")
     p.add_argument("--modalities", nargs="+", help="which of the encoder's (default: all that the store has)")
     p.add_argument("--label-fraction", type=float, default=100, help="share of the training tiles in percent")
     p.add_argument("--patch-size", type=int, help="of an encoder given by name, anchor pixels")
@@ -478,7 +531,7 @@ def _add_finetune(commands):
     _add_training(p)
     p.add_argument("--seed", type=int, default=0, help="of the head, the choice of tiles, order and augmentation")
     p.add_argument("--split", choices=["val", "test"], default="test", help="what the final metrics are of")
-    more = "settings of the task, its decoder and loss, e.g. width=64 balance=0 join=concatenation"
+    more = "settings of the task, its decoder and loss, e.g. width=64 balance=0 join=concatenation multilabel=true"
     p.add_argument("--set", dest="settings", nargs="*", default=[], metavar="NAME=VALUE", help=more)
     return p
 
@@ -488,10 +541,11 @@ def task_learner(
 ):
     "The Learner a config of `finetune` describes."
     from rs_selfsup.downstream.change import ChangeLearner
+    from rs_selfsup.downstream.classification import ClassificationLearner
     from rs_selfsup.downstream.height import HeightLearner
     from rs_selfsup.downstream.segmentation import SegmentationLearner
 
-    make = dict(segmentation=SegmentationLearner, height=HeightLearner, change=ChangeLearner)[config["task"]]
+    make = dict(segmentation=SegmentationLearner, height=HeightLearner, change=ChangeLearner, classification=ClassificationLearner)[config["task"]]
     same = {k: config[k] for k in ("target", "mode", "decoder", "modalities", "patch_size", "seed")}
     return in_precision(make(loaders(config), config["encoder"], label_fraction=config["label_fraction"] / 100, **same, **config["settings"]), config)
 
@@ -568,7 +622,7 @@ def _add_predict(commands):
     p.add_argument("--name", help="which scene of the file (default: the only one)")
     p.add_argument("--second", nargs="+", metavar="DATE", help="change: second date, a name in the scene file, or NAME=FILE (default: rgb_t2 of the scene)")
     p.add_argument("--window", type=int, help="side of a window in anchor pixels (default: the tile it was trained on)")
-    p.add_argument("--overlap", type=float, default=0.25, help="of neighbouring windows, as a share below 1 or in pixels")
+    p.add_argument("--overlap", type=float, help="of neighbouring windows, as a share below 1 or in pixels (default: 0.25; classification: 0.5)")
     p.add_argument("--bs", type=int, default=16, help="windows per batch")
     p.add_argument("--probabilities", action="store_true", help="write them beside the map")
     p.add_argument("--polygons", type=Path, help="also as vectors, .gpkg")

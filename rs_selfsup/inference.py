@@ -228,12 +228,13 @@ def plan_tiling(
     reader:SceneReader,    # entered
     model,                 # has `tile`
     window:int|None=None,  # side, anchor px; None: the model's tile
-    overlap:float=.25,     # of neighbours: below 1 a share of the window, else anchor px
+    overlap:float|None=None, # of neighbours: below 1 a share of the window, else anchor px; None: .25, and .5 for a classifier
     unit:int=1,            # anchor px that make a pixel of the map
     panel:int=8192,        # most columns at once, anchor px
 ) -> Tiling:
     "The windows of a scene, on pixel borders of all its modalities"
-    step, window = math.lcm(*reader.factors.values(), unit), int(window or model.tile)
+    step, window, whole = math.lcm(*reader.factors.values(), unit), int(window or model.tile), model.task == 'classification'
+    if overlap is None: overlap = .5 if whole else .25
     if window % step or window < step:
         near = sorted({max(step, window//step*step), (window//step + 1)*step})
         raise DataError(f'a window of {window} px does not end on a pixel border of every modality', reader.scenes.path,
@@ -241,6 +242,9 @@ def plan_tiling(
     o = round((overlap*window if overlap < 1 else overlap)/step)*step
     if not 0 <= o < window:
         raise DataError(f'an overlap of {overlap} in windows of {window} px', reader.scenes.path, fix='Choose 0 to .75, or pixels below the window.')
+    if whole: unit = step = window - o                             # one answer per window: a pixel of the map is a step of the windows
+    if window % unit:
+        raise DataError(f'windows of {window} px every {unit} px do not share cells', reader.scenes.path, fix='Choose an overlap of 0, .5 or .75.')
     return Tiling(reader.height, reader.width, window, o, step, unit, panel)
 
 # %% ../nbs/85_inference.ipynb #f8e65fbd
@@ -312,9 +316,10 @@ class Mapper:
         batches = [normalized(self.model, to_batch(parts, self.device)) for parts in dates]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half): out = self.model(*batches)
         n, size = len(dates[0]), tuple(weights.shape)
-        if tuple(out.shape[-2:]) != size or len(out) != n:
+        if (out.ndim > 2 and tuple(out.shape[-2:]) != size) or len(out) != n:
             raise DataError(f'the model gives {tuple(out.shape)} for {n} windows of {size[0]} x {size[1]} px', fix='Its last two axes must be anchor pixels.')
-        y = self.model.activate(out.float()).float()*weights.to(self.device)
+        y = self.model.activate(out.float()).float()
+        y = (y if y.ndim > 2 else y[..., None, None])*weights.to(self.device)      # one answer for all of a window
         self.windows += n
         return y.cpu().numpy()
 
@@ -360,7 +365,7 @@ def _same_grid(a, b):
                         fix='Cut and warp it to the grid of the first: gdalwarp -te ... -tr ... -t_srs ...')
 
 # %% ../nbs/85_inference.ipynb #78714645
-TASKS = 'segmentation', 'change', 'height'
+TASKS = 'segmentation', 'change', 'height', 'classification'
 
 def _check_task(model, task, second): # is it a model for this map?
     name = type(model).__name__
@@ -379,7 +384,7 @@ def predict_array(
     scene2=None,           # second date, for change
     scenes=None,           # see `open_scene`
     window:int|None=None,  # side, anchor px; None: the model's tile
-    overlap:float=.25,     # below 1 a share of the window, else anchor px; 0: no blending
+    overlap:float|None=None, # of neighbours: below 1 a share of the window, else anchor px; 0: no blending; None: .25, and .5 for a classifier
     bs:int=8,              # windows per batch
     require=None,          # see `Date`
     device=None,           # None: where the model is
@@ -405,7 +410,7 @@ def max_seam(
     model,                 # see above
     scene,                 # a small one: it is predicted in one piece too
     window:int|None=None,  # side, anchor px; None: the model's tile
-    overlap:float=.25,     # see `predict_array`
+    overlap:float|None=None,    # see `predict_array`
     margin:int|None=None,  # anchor px along the scene's edge that are not looked at; None: a quarter of the window
     scenes=None,           # see `open_scene`
     **kw                   # to `predict_array`: scene2, bs, device, require
@@ -554,6 +559,7 @@ def sheets_of(
         return [(Sheet(out, dtype='float32', nodata=math.nan, names=[model.task], unit=unit, **kw), lambda x, ok: _values(x, ok, 1))]
     n = len(model.classes)
     kw.update(dtype='uint8', nodata=255)
+    if getattr(model, 'multilabel', False): return [(Sheet(out, names=list(model.classes), scale=.005, **kw), lambda x, ok: _shares(x, ok, n))]
     maps = [(Sheet(out, names=[model.task], classes=list(model.classes), colors=class_colors(model), **kw), _labels)]
     if probabilities: maps.append((Sheet(probabilities, names=list(model.classes), scale=.005, **kw), lambda x, ok: _shares(x, ok, n)))
     return maps
@@ -657,7 +663,7 @@ def predict_scene(
     scenes=None,              # the `Scenes` that `scene` and `scene2` belong to
     task:str|None=None,       # what the map should be: a model for something else is an error
     window:int|None=None,     # side, anchor px; None: the model's tile
-    overlap:float=.25,        # of neighbours: below 1 a share of the window, else anchor px
+    overlap:float|None=None, # of neighbours: below 1 a share of the window, else anchor px; 0: no blending; None: .25, and .5 for a classifier
     bs:int=8,                 # windows per batch
     probabilities:bool=False, # write them too, beside the map: map_probabilities.tif
     require=None,             # modalities that must be valid for a pixel of the map; None: the anchor, 'all': each
@@ -671,6 +677,8 @@ def predict_scene(
     _check_task(model, task, scene2 is not None)
     out = _check_out(out)
     extra = _check_out(out.with_name(f'{out.stem}_probabilities.tif')) if probabilities else None
+    several = getattr(model, 'multilabel', False)
+    if extra and several: raise DataError('a map of several labels is of probabilities already', extra, fix='Leave probabilities out.')
     if extra and model.classes is None: raise DataError(f'a model for {model.task} has no probabilities', extra, fix='Leave probabilities out.')
     folder = out.with_name(out.name + '.partial')
     both = [open_scene(s, model, scenes) for s in (scene, scene2) if s is not None]

@@ -266,11 +266,12 @@ class DepthMetrics(StreamingMetric):
     "RMSE, MAE, AbsRel and delta < 1.25, 1.25^2, 1.25^3 of heights or depths"
     def __init__(self,
         nodata:float|None=None, # Value of the truth that means "unknown"; nan and infinity always do
+        least:float=0., # AbsRel and the deltas are of pixels whose truth is above this
     ):
-        self.nodata = nodata
+        self.nodata,self.least = nodata,least
         super().__init__()
 
-    def _empty(self): return dict(sums=np.zeros(8)) # pixels, |e|, e², pixels > 0, |e|/t, within 1.25, 1.25², 1.25³
+    def _empty(self): return dict(sums=np.zeros(8)) # pixels, |e|, e², pixels > least, |e|/t, within 1.25, 1.25², 1.25³
 
     def update(self,
         pred:Tensor, # (B, H, W) or (B, 1, H, W) float, in the unit of the truth
@@ -289,7 +290,7 @@ class DepthMetrics(StreamingMetric):
         if valid is not None: keep &= valid
         p,t = p[keep].double(),t[keep].double()
         if not p.isfinite().all(): raise DataError(f'prediction of {p[~p.isfinite()][0].item()} where the truth is known', fix=DIVERGED)
-        e,up = (p-t).abs(),t>0
+        e,up = (p-t).abs(),t>self.least
         ratio = torch.where(p>0, torch.maximum(p/t, t/p), torch.inf)[up]
         sums = [torch.tensor(len(t)), e.sum(), e.square().sum(), up.sum(), (e/t)[up].sum(), *[(ratio<1.25**k).sum() for k in (1,2,3)]]
         self.state['sums'] = self.state['sums']+np.array([x.item() for x in sums])

@@ -25,6 +25,7 @@ ROAD = [
         "run/encoder.safetensors",
     ),
     ("embed run/encoder_all.safetensors tiles features.npz", "features.npz"),
+    ("data show eurosat_rgb", "features.npz"),  # the recipes are inside the wheel
 ]
 
 

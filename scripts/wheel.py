@@ -57,6 +57,9 @@ def check_contents(wheel):
             + "\n".join(f"  rs_selfsup/{n}" for n in missing)
             + "\n(a folder without __init__.py is not packed: run `make export`)"
         )
+    recipes = {f"data_recipes/{p.name}" for p in (ROOT / "data_recipes").glob("*.yaml")}
+    if missing := sorted(recipes - packed):
+        raise Failed("the wheel lacks recipes: " + ", ".join(missing))
     if strangers := sorted(n for n in names if not n.startswith("rs_selfsup/") and ".dist-info/" not in n):
         raise Failed("the wheel holds what does not belong in it: " + ", ".join(strangers[:8]))
     for wanted in ("entry_points.txt", "licenses/LICENSE"):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+import yaml
 from fastai.callback.core import Callback
 from rs_selfsup.backbones import create_encoder
 from rs_selfsup.callbacks import param_groups, read_checkpoint, warmup_cosine
@@ -176,6 +177,23 @@ def test_a_file_of_another_task_or_of_none(store, tmp_path):
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(DataError, match="h.safetensors"):
         load_model(file)
+
+
+def test_a_model_of_heights_does_not_read_the_answer(tmp_path):
+    "The same raster as modality and target is refused, by name; as modality alone, or as target alone, it is not"
+    d = write_scenes(tmp_path / "scenes", 2, 64, modalities=("rgb",), progress=False)
+    text = yaml.safe_load(d.read_text())
+    text["modalities"]["ndsm"] = dict(preset="ndsm", gsd=0.5)
+    text["targets"] = dict(height=dict(kind="regression", unit="metre"))
+    for s in text["scenes"]:
+        s["targets"] = dict(height=s["targets"]["height"])
+        s["rasters"]["ndsm"] = s["targets"]["height"]
+    d.write_text(yaml.safe_dump(text))
+    store = build_store(d, tmp_path / "store", tile=32, splits=(1, 0, 0), progress=False)
+    dls, enc = dataloaders(store, bs=8, splits=("train",)), vit(store, ("rgb", "ndsm"))
+    with pytest.raises(DataError, match="'ndsm', which the model reads, is target 'height' itself"):
+        HeightLearner(dls, enc, mode="finetune")
+    assert list(HeightLearner(dls, enc, modalities=["rgb"]).task_model.modalities) == ["rgb"]
 
 
 @pytest.mark.parametrize("task", ["segmentation", "height", "change"])

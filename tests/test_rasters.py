@@ -480,6 +480,67 @@ def test_targets(tmp_path, rng):
     assert (out["lc"][:4] == 255).all() and np.isnan(out["h"][:4]).all()
 
 
+LENGTHS_STORED = [
+    (dict(unit="metre"), {}, 25.0),
+    (dict(unit="metre", scale=0.2), {}, 5.0),
+    (dict(unit="metre"), dict(scale=0.2), 5.0),
+    (dict(unit="metre", scale=3.0), dict(scale=0.2), 5.0),  # the file knows better
+    (dict(unit="centimetre"), {}, 0.25),
+    (dict(unit="cm", scale=20, offset=-100), {}, 4.0),
+    (dict(unit="cm"), dict(scale=20), 5.0),
+    (dict(unit="dm"), {}, 2.5),
+    (dict(unit="ft"), {}, 7.62),
+    (dict(unit="kelvin", offset=200.0), {}, 225.0),
+]
+
+
+@pytest.mark.parametrize("spec,file,want", LENGTHS_STORED)
+def test_a_target_comes_out_in_metres(tmp_path, spec, file, want):
+    "Whatever it was stored in; nodata is a stored value"
+    z = np.full((1, 8, 8), 25, np.uint8)
+    z[0, 0, 0] = 255
+    S = scenes_of(
+        dict(rgb=RGB),
+        dict(rgb=write(tmp_path / "a.tif", np.ones((3, 8, 8), np.uint8))),
+        targets=dict(h=dict(kind="regression", nodata=255, **spec)),
+        target_files=dict(h=dict(path=write(tmp_path / "h.tif", z), **file)),
+    )
+    with S.open() as r:
+        t = r.read_targets(0, 0, 8, 8)["h"]
+    assert S.targets["h"].unit == ("metre" if spec["unit"] != "kelvin" else "kelvin")
+    assert np.isnan(t[0, 0]) and np.allclose(t.ravel()[1:], want, atol=1e-5)
+
+
+def test_a_target_in_no_known_unit(tmp_path):
+    files = dict(rgb=write(tmp_path / "a.tif", np.ones((3, 8, 8), np.uint8)))
+    for spec, words in (
+        (dict(unit="furlong"), ["unit of target 'h'", "furlong"]),
+        ({}, ["unit of target 'h'"]),
+        (dict(unit="centimeters"), ["Did you mean 'centimeter'?"]),
+        (dict(unit="cm", scale="0,2"), ["target 'h'", "scale is '0,2'"]),
+    ):
+        fails(words, dict(rgb=RGB), files, targets=dict(h=dict(kind="regression", **spec)))
+    z = write(tmp_path / "h.tif", np.full((1, 8, 8), 40000, np.uint16))  # millimetres that nobody declared
+    fails(["h.tif", "target 'h'", "absurd for metre"], dict(rgb=RGB), files, targets=dict(h=dict(kind="regression", unit="metre")), target_files=dict(h=z))
+
+
+def test_a_target_and_a_modality_of_one_name(tmp_path):
+    "Found by a pattern, they stay two things"
+    write(tmp_path / "a_rgb.tif", np.ones((3, 8, 8), np.uint8))
+    write(tmp_path / "a_h.tif", np.full((1, 8, 8), 7, np.float32))
+    S = load_scenes(
+        dict(
+            anchor="rgb",
+            modalities=dict(rgb=RGB, h=dict(preset="ndsm", gsd=1)),
+            targets=dict(h=dict(kind="regression", unit="dm")),
+            discover=dict(rasters=dict(rgb="{scene}_rgb.tif", h="{scene}_h.tif"), targets=dict(h="{scene}_h.tif")),
+        ),
+        root=tmp_path,
+    )
+    with S.open() as r:
+        assert (r.read(0, 0, 8, 8)[0]["h"] == 7).all() and np.allclose(r.read_targets(0, 0, 8, 8)["h"], 0.7)
+
+
 def test_labels_are_never_mixed(tmp_path, rng):
     "Nearest on a finer, a coarser and a shifted label raster: only values that were there"
     for res, n, x0 in ((0.5, 16, X0), (2, 4, X0), (1, 8, X0 - 0.4)):

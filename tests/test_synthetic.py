@@ -64,6 +64,7 @@ def test_files_declare_crs_grid_and_nodata(folder):
                 if m not in ('ms10',): assert 0 < values.mask.mean() < .6
                 assert np.isfinite(values.compressed()).all()
         for t, path in s['targets'].items():
+            if t == 'buildings': continue                           # a list, see tests/test_boxes.py
             with rasterio.open(folder/path) as f:
                 assert f.shape == (192, 192)
                 if TARGETS[t]['kind'] == 'mask': assert f.read(1).max() < len(TARGETS[t]['classes'])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GAIN_UNITS', 'Batch', 'Normalized', 'to_float', 'above_datum', 'valid_mean', 'Normalize', 'grid_factors',
            'check_crop', 'Placement', 'draw_placement', 'move_each', 'move_all', 'move', 'ground_grid', 'zoom',
-           'draw_change', 'Augment']
+           'crop_map', 'zoom_map', 'move_boxes', 'draw_change', 'Augment']
 
 # %% ../../nbs/13_data.augment.ipynb #00000003
 import math
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
+from .boxes import UNKNOWN, seen
 from ..modalities import DataError
 from ..randomness import uniform, STREAMS
 
@@ -22,7 +23,7 @@ class Batch:
     "Tiles of several modalities, side by side"
     images:dict # modality -> (B, C, H, W), its own grid
     valid:dict # modality -> (B, 1, H, W) bool, True where a pixel is real
-    targets:dict = field(default_factory=dict) # name -> (B, ...), dense ones on the anchor grid
+    targets:dict = field(default_factory=dict) # name -> (B, ...), dense ones on the anchor grid, boxes (B, M, 6) in its pixels
     label:Tensor|None = None # (B,) int64 class of the tile, -1: none
     tile:Tensor|None = None # (B,) int64 tile ids of the store
     key:Tensor|None = None # (B,) int64 of `randomness.keys`: names all random numbers of this tile in this epoch
@@ -304,6 +305,44 @@ def zoom(x:Tensor, # (B, C, H, W) float
     at = torch.stack([b*half[:, 1] + mid[:, 1], a*half[:, 0] + mid[:, 0]], -1)
     return F.grid_sample(x, at, mode, 'border', align_corners=False)
 
+# %% ../../nbs/13_data.augment.ipynb #d45046ee
+def crop_map(p:Placement, # in pixels of the finest grid
+             crop:tuple # (h, w), the same
+            ) -> tuple: # (scale (B, 2), shift (B, 2), transpose (B,)), y before x: new = scale*old + shift
+    "A crop as a map of coordinates"
+    start, end = (torch.stack([p.row + h, p.col + w], 1).float() for h, w in ((0, 0), crop))
+    flip = torch.stack([p.flip_rows, p.flip_cols], 1)
+    return 1 - 2*flip.float(), torch.where(flip, end, -start), p.transpose
+
+def zoom_map(grid:tuple, # from `ground_grid`
+             size:tuple, # (H, W) of the tile
+             crop:tuple # (h, w) of the output
+            ) -> tuple: # as `crop_map`
+    "A zoom as a map of coordinates"
+    half, mid, t = grid
+    scale = torch.stack([c/s/half[:, i] for i, (c, s) in enumerate(zip(crop, size))], 1)
+    shift = torch.stack([c/2*(1 - (1 + mid[:, i])/half[:, i]) for i, c in enumerate(crop)], 1)
+    return scale, shift, t
+
+# %% ../../nbs/13_data.augment.ipynb #09e19c2a
+def move_boxes(b:Tensor, # (B, M, 6) class, x, y, w, h, angle in pixels of the tile
+               by:tuple, # from `crop_map` or `zoom_map`
+               crop:tuple, # (h, w) of the output
+               rotated:bool, # turned boxes, which stay whole; False: upright ones
+               least:float=.5 # share of its area with which a box belongs to the crop
+              ) -> Tensor: # (B, M, 6), NaN rows for what is gone
+    "Boxes of a batch in crops of it"
+    scale, shift, t = by
+    y, x = (b[..., 2 - i]*scale[:, i, None] + shift[:, i, None] for i in (0, 1))
+    w, h = (b[..., i]*scale[:, :1].abs() for i in (3, 4))
+    a, t = b[..., 5]*scale.prod(1, keepdim=True).sign(), t[:, None]
+    if rotated: a = torch.where(t, math.pi/2 - a, a)
+    else: w, h = torch.where(t, h, w), torch.where(t, w, h)
+    a = torch.where(a >= math.pi/2, a - math.pi, a) + 0.             # no -0
+    x, y = torch.where(t, y, x), torch.where(t, x, y)
+    out = seen(torch.stack([b[..., 0], x, y, w, h, a], -1), crop, rotated, least, torch)
+    return torch.where(b[..., :1] == UNKNOWN, b, out)
+
 # %% ../../nbs/13_data.augment.ipynb #0000002d
 def draw_change(m, # a `Modality`
                 key:Tensor, # (B,) int64
@@ -338,12 +377,13 @@ class Augment:
                  metres:float=0., # height: largest offset in metres
                  snap:int|None=None, # crops start on its multiples (finest pixels), e.g. the token; None: all factors
                  center:bool=False, # crop the middle instead of a random place
-                 normalize:Normalize|None=None # turn stored values into z-scores at last
+                 normalize:Normalize|None=None, # turn stored values into z-scores at last
+                 boxes:dict|None=None # targets of boxes: name -> `TargetSpec`; None: none
                 ):
         if not 0 < scale[0] <= scale[1]:
             raise DataError(f'a scale of {scale} is no range', fix='Give (smallest, largest), e.g. (0.8, 1.25).')
         self.modalities, self.crop, self.snap, self.center = dict(modalities), crop, snap, center
-        self.normalize = normalize
+        self.normalize, self.boxes = normalize, dict(boxes or {})
         self.flips, self.rot90, self.scale = flips, rot90, tuple(scale)
         self.light = dict(gain=gain, shift=shift, db=db, metres=metres) if photometric else None
 
@@ -360,7 +400,7 @@ def fixed(self:Augment,
          ) -> Augment:
     "A copy without chance, for validation: the middle of the tile, as it lies"
     still = dict(flips=False, rot90=False, photometric=False, center=True)
-    mine = dict(crop=self.crop, snap=self.snap, normalize=self.normalize)
+    mine = dict(crop=self.crop, snap=self.snap, normalize=self.normalize, boxes=self.boxes)
     return type(self)(self.modalities, **{**mine, **still, **kw})
 
 @patch
@@ -397,7 +437,11 @@ def geometry(self:Augment,
     exact = lambda x: move(x, p, crop) if self.scale == (1, 1) else zoom(to_float(x), g, crop, 'nearest').to(x.dtype)
     images = {m: image(x, m, batch.valid[m]) for m, x in batch.images.items()}
     valid = {m: v[..., :out[m][0], :out[m][1]] if batch.full else mask(v, m) for m, v in batch.valid.items()}
-    targets = {k: _dense(t, size, exact) for k, t in batch.targets.items()}
+    where = lambda: crop_map(p, crop) if self.scale == (1, 1) else zoom_map(g, size, crop)
+    def target(k, t):
+        if k not in self.boxes: return _dense(t, size, exact)
+        return move_boxes(t, where(), crop, bool(self.boxes[k].rotated), self.boxes[k].least)
+    targets = {k: target(k, t) for k, t in batch.targets.items()}
     return replace(batch, images=images, valid=valid, targets=targets)
 
 def _dense(t, size, f):

@@ -199,6 +199,9 @@ def _open_store(store # `TileStore`, or its path
     "The store itself"
     return TileStore(store) if isinstance(store, (str, Path)) else store
 
+def _boxes_of(store): # targets of boxes, for `Augment`
+    return {k: t for k, t in store.targets.items() if t.kind == 'boxes'}
+
 # %% ../../nbs/14_data.loading.ipynb #50cb3adf
 def _split_ids(store, split, empty=False):
     "Tile ids of a split that exists and is not empty"
@@ -236,6 +239,7 @@ def dataloaders(store, # `TileStore`, or the path of one
     normalize = Normalize(store.modalities, store.stats)
     aug = copy.copy(augment) if isinstance(augment, Augment) else Augment(store.modalities, crop, **kw)
     aug.normalize = copy.deepcopy(aug.normalize or normalize)            # the loaders' own, on their device
+    aug.boxes = aug.boxes or _boxes_of(store)
     if augment is False: aug = aug.fixed()
     size = aug.out_sizes(store.tile_size, store.path)
     ids = [_split_ids(store, s) for s in splits] + [[]]*(len(splits) == 1)
@@ -302,7 +306,7 @@ def eval_loader(store, # `TileStore`, or the path of one
     store = _open_store(store)
     if ids is None: ids = np.arange(len(store)) if split is None else _split_ids(store, split)
     normalize = copy.deepcopy(normalize) if normalize is not None else Normalize(store.modalities, store.stats)
-    aug = Augment(store.modalities, crop, normalize=normalize).fixed()
+    aug = Augment(store.modalities, crop, normalize=normalize, boxes=_boxes_of(store)).fixed()
     aug.out_sizes(store.tile_size, store.path)
     device = torch.device(device) if device is not None else default_device()
     reader = TileReader(store, ids, 0, targets)

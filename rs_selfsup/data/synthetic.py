@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'LAND_COVER', 'FROM_TO', 'COVER', 'PX', 'KNOTS', 'SPECTRA', 'RGB_NM', 'MS2_NM', 'MS10_NM', 'PAINTERS',
-           'SIGMA0', 'NODATA', 'GSD', 'MODALITIES', 'TARGETS', 'VERSION', 'rng_for', 'spectrum', 'texture', 'fractal',
-           'waves', 'Canvas', 'draw_tree', 'draw_box', 'Building', 'draw_building', 'Conditions', 'draw_conditions',
-           'leaves', 'turf', 'terrain', 'sunlit', 'light', 'render', 'see_rgb', 'layout', 'deal', 'Zone', 'cut_zones',
-           'painter', 'textures', 'paint_water', 'paint_bare', 'paint_field', 'plant', 'paint_meadow', 'paint_forest',
-           'paint_orchard', 'paint_residential', 'paint_industrial', 'paint_borders', 'Land', 'build_land',
-           'block_mean', 'see_ms', 'see_dsm', 'see_sar', 'beyond', 'crop_swath', 'make_scene', 'write_scenes']
+           'SIGMA0', 'NODATA', 'GSD', 'MODALITIES', 'TARGETS', 'BOXES', 'VERSION', 'rng_for', 'spectrum', 'texture',
+           'fractal', 'waves', 'Canvas', 'draw_tree', 'draw_box', 'Building', 'draw_building', 'Conditions',
+           'draw_conditions', 'leaves', 'turf', 'terrain', 'sunlit', 'light', 'render', 'see_rgb', 'layout', 'deal',
+           'Zone', 'cut_zones', 'painter', 'textures', 'paint_water', 'paint_bare', 'paint_field', 'plant',
+           'paint_meadow', 'paint_forest', 'paint_orchard', 'paint_residential', 'paint_industrial', 'paint_borders',
+           'Land', 'build_land', 'block_mean', 'see_ms', 'see_dsm', 'see_sar', 'beyond', 'crop_swath', 'make_scene',
+           'write_scenes']
 
 # %% ../../nbs/12_data.synthetic.ipynb #00000002
 import json, os, shutil, zlib
@@ -773,6 +774,8 @@ def _mask(colours): return dict(kind='mask', classes=list(colours), colors=list(
 TARGETS = dict(tile_class=_mask(CLASSES), landcover=_mask(LAND_COVER), from_to=_mask(FROM_TO),
                change=_mask({'unchanged': '#202020', 'changed': '#f28e2b'}),
                height=dict(kind='regression', unit='metre'))
+BOXES = dict(kind='boxes', classes=['house', 'garage', 'hall'], colors=['#f28e2b', '#edc948', '#e15759'],
+             class_property='kind', where=dict(first=True), rotated=True) # buildings.geojson, the first date
 
 # %% ../../nbs/12_data.synthetic.ipynb #0000006f
 def _write_tif(path, x, gsd, x0, y0, nodata):
@@ -819,8 +822,8 @@ def _write_scene(i, out, size_m, seed, modalities, collars):
 def _write_yaml(out, names, modalities):
     "The description of the scenes, in place at once"
     def files(s, keys): return {k: f'{s}/{k}.tif' for k in keys}
-    scenes = [dict(name=s, group=s, rasters=files(s, modalities), targets=files(s, TARGETS)) for s in names]
-    doc = dict(version=1, anchor='rgb', modalities={m: MODALITIES[m] for m in modalities}, targets=TARGETS,
+    scenes = [dict(name=s, group=s, rasters=files(s, modalities), targets={**files(s, TARGETS), 'buildings': f'{s}/buildings.geojson'}) for s in names]
+    doc = dict(version=1, anchor='rgb', modalities={m: MODALITIES[m] for m in modalities}, targets={**TARGETS, 'buildings': BOXES},
                tile_label='tile_class', classes=list(CLASSES), scenes=scenes)
     tmp = out/'.scenes.yaml.part'; tmp.write_text(yaml.safe_dump(doc, sort_keys=False))
     os.replace(tmp, out/'scenes.yaml')

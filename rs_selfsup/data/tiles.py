@@ -7,7 +7,7 @@ __all__ = ['VERSION', 'CHUNK_BYTES', 'UNIT_BYTES', 'PERCENTILES', 'SPLITS', 'SPL
            'clusters', 'assign_splits', 'tile_boxes', 'Splits', 'Ground', 'TileFiles', 'unit_shape', 'Layout',
            'majority', 'Unit', 'Cutter', 'Worker', 'Local', 'answer', 'Stopped', 'SceneFailed', 'cut', 'Journal',
            'BandCount', 'BandMoments', 'band_counter', 'statistics', 'physical_stats', 'Plan', 'make_plan',
-           'make_units', 'build_store', 'make_report', 'report_text', 'TileStore']
+           'make_units', 'build_store', 'store_boxes', 'make_report', 'report_text', 'TileStore']
 
 # %% ../../nbs/11_data.tiles.ipynb #00000003
 import dataclasses, json, math, mmap, os, pickle, queue, signal, subprocess, sys, threading
@@ -20,6 +20,7 @@ from rasterio.warp import transform as warp_points
 from tqdm import tqdm
 from .. import __version__
 from ..modalities import DataError, Modality
+from .boxes import IGNORE, UNKNOWN, cut as cut_boxes, on_ground, show_boxes
 from .rasters import Scenes, TargetSpec, grid_factors, load_scenes
 
 # %% ../../nbs/11_data.tiles.ipynb #00000007
@@ -116,8 +117,8 @@ def assign_splits(weights, # (n,) tiles in each block
                  ) -> np.ndarray: # (n,) int8: 0 train, 1 val, 2 test
     "Give blocks to splits at random, close to the shares, no split empty while there are blocks enough"
     weights, fractions = np.asarray(weights, float), np.asarray(fractions, float)
-    largest, wanted = int(fractions.argmax()), [s for s in np.argsort(fractions, kind='stable') if fractions[s] > 0]
-    out, order = np.full(len(weights), largest, np.int8), np.random.default_rng(seed).permutation(len(weights))
+    wanted = [s for s in np.argsort(fractions, kind='stable') if fractions[s] > 0]
+    out, order = np.full(len(weights), wanted[-1], np.int8), np.random.default_rng(seed).permutation(len(weights))
     left = [i for i in order if weights[i] > 0]
     for k, s in enumerate(wanted[:-1]):
         need, got, keep = fractions[s]*weights.sum()/fractions.sum(), 0, len(wanted) - 1 - k
@@ -368,6 +369,7 @@ def arrays(self:Layout): # array name -> (shape of a tile, dtype, dimension name
         out[k] = (m.n_bands, t//f, t//f), self.dtypes[k], (f'band{end}', *yx), 0
         out[f'valid_{k}'] = (t//f, t//f), 'bool', yx, True
     for k, s in self.targets.items():
+        if s.kind == 'boxes': continue                              # lists, see `store_boxes`
         dtype, fill = ('uint8', 255) if s.kind == 'mask' else ('float32', 'NaN')
         out[f'target_{k}'] = (t, t), dtype, ('y', 'x'), fill
     return out
@@ -758,6 +760,7 @@ class Plan:
     blocks:dict # scene number -> (rows, columns) that its anchor file decodes together
     grids:dict # scene number -> (n, 2) tile positions
     failed:dict # scene number -> why it cannot be opened
+    boxes:dict=dataclasses.field(default_factory=dict) # scene number -> {target: (n, 6) in anchor pixels of the scene, or None}
 
 # %% ../../nbs/11_data.tiles.ipynb #00000054
 def _signature(scenes): # what a re-run must find unchanged
@@ -768,7 +771,7 @@ def _signature(scenes): # what a re-run must find unchanged
 # %% ../../nbs/11_data.tiles.ipynb #557cd439
 def _check_sizes(scenes, factors, tile, stride):
     for k in scenes.modalities:
-        if k in _RESERVED or '/' in k or k.startswith(('valid_', 'target_', 'band_', 'y_', 'x_')):
+        if k in _RESERVED or '/' in k or k.startswith(('valid_', 'target_', 'boxes_', 'band_', 'y_', 'x_')):
             raise DataError(f"a modality cannot be called '{k}' in a tile store", scenes.path, fix='Give it another name.')
     f = math.lcm(*factors.values())
     for what, n in (('tile', tile), ('stride', stride)):
@@ -803,11 +806,17 @@ def make_plan(scenes:Scenes, # as `load_scenes` gives them
                 _same_dtypes(r, s, dtypes, origin)
                 plan.places[i] = Place(s.name, r.height, r.width, r.transform, r.crs, s.group)
                 plan.blocks[i] = _file_block(r, scenes.anchor, factors)
+                plan.boxes[i] = {k: r.boxes(k) for k, t in scenes.targets.items() if t.kind == 'boxes'}
         except (DataError, OSError, rasterio.RasterioIOError) as e: plan.failed[i] = str(e); continue
         plan.grids[i] = tile_grid(plan.places[i].height, plan.places[i].width, tile, stride)
     for k in set(scenes.modalities) - set(dtypes):
         if plan.places: raise DataError(f"no scene has modality '{k}'", scenes.path, fix='Take it out of modalities, or add its files.')
+    for k, t in scenes.targets.items():
+        if t.kind == 'boxes': layout.targets[k] = dataclasses.replace(t, rotated=_turned(t, [b[k] for b in plan.boxes.values()]))
     return plan
+
+def _turned(spec, boxes): # as the target says, else whether any box is
+    return bool(spec.rotated) if spec.rotated is not None else any(bool((b[:, 5] != 0).any()) for b in boxes if b is not None)
 
 # %% ../../nbs/11_data.tiles.ipynb #00000057
 def _file_block(reader, anchor, factors):
@@ -839,7 +848,7 @@ def build_store(scenes, # `Scenes`, or path of their YAML file
                 tile:int=224, # side of a tile, anchor pixels; a multiple of every modality's factor
                 stride:int|None=None, # from one tile to the next, anchor pixels; None: `tile`
                 min_valid:float=.5, # least share of valid anchor pixels; other modalities may be missing
-                splits=(.8, .1, .1), # shares of train, val, test
+                splits=(.8, .1, .1), # shares of train, val, test, for scenes without a split of their own
                 block:float|None=None, # side of the blocks dealt to the splits, m (px without CRS); None: 32, 16, 8 or 4 tiles
                 buffer:float|None=None, # least ground distance between splits, m (pixels without CRS); None: half a tile
                 workers:int=1, # processes that read and write
@@ -878,15 +887,35 @@ def _asked(scenes, tile, stride, min_valid, splits, block, buffer, seed): # all 
         raise DataError(f'splits = {splits} are no shares of train, val, test', fix='Write splits=(.8, .1, .1).')
     d = dict(version=VERSION, tile=tile, stride=stride, min_valid=min_valid, splits=list(splits), block=block, buffer=buffer, seed=seed,
              modalities={k: m.to_dict() for k, m in scenes.modalities.items()}, inputs=_signature(scenes))
-    return json.loads(json.dumps(d))
+    boxes = {k: dataclasses.asdict(t) for k, t in scenes.targets.items() if t.kind == 'boxes'}
+    return json.loads(json.dumps({**d, **({'boxes': boxes} if boxes else {})}))
+
+# %% ../../nbs/11_data.tiles.ipynb #75e18bb9
+def _given(plan): # (n,) the split that the scene of each candidate tile came with, -1: none
+    of = [SPLITS.index(s.split) if s.split else -1 for s in plan.scenes.scenes]
+    return np.repeat(np.array([of[i] for i in plan.grids], np.int8), [len(g) for g in plan.grids.values()])
+
+# %% ../../nbs/11_data.tiles.ipynb #aa7ea472
+def _deal(plan, ground, asked, weights):
+    "Official splits as they are; the rest is dealt on its own"
+    given, n = _given(plan), len(plan.grids)
+    free = given < 0
+    if free.all(): return ground.deal(asked['splits'], asked['seed'], weights)
+    out = Splits(given, ground.scene.copy(), ground.cluster, ground.boxes, np.full(len(given), np.inf))
+    if free.any():
+        own = [i for i in plan.grids if not plan.scenes.scenes[i].split]
+        rest = Ground([plan.places[i] for i in own], [plan.grids[i] for i in own], ground.tile, asked['block'], asked['buffer'])
+        dealt = rest.deal(asked['splits'], asked['seed'], None if weights is None else np.asarray(weights)[free])
+        out.split[free], out.block[free], out.side[free] = dealt.split, dealt.block + n, dealt.side
+    return out
 
 # %% ../../nbs/11_data.tiles.ipynb #0000005e
 def _cut_all(plan, ground, asked, journal, crew, progress):
     "Deal and cut; a second time, by what was found, where a split came out empty for nodata"
-    deal = lambda: ground.deal(asked['splits'], asked['seed'], journal.weights)
+    free, deal = _given(plan) < 0, lambda: _deal(plan, ground, asked, journal.weights)
     dealt = deal()
     _cut_once(plan, dealt, asked['stride'], journal, crew, progress)
-    if journal.weights is None and _lopsided(dealt, journal.kept(), asked['splits']):
+    if journal.weights is None and _lopsided(dealt, [k for k in journal.kept() if free[k[0]]], asked['splits']):
         weights = np.zeros(len(ground.scene), int)
         weights[[k[0] for k in journal.kept()]] = 1
         journal.add(weights=weights.tolist())
@@ -993,15 +1022,65 @@ def _metadata(root, layout, index, per):
     for k, m in layout.modalities.items():
         dim = layout.arrays()[k][2][0]
         nodes[dim] = _column(root, dim, dim, m.band_names, {'units': json.dumps(m.units)})
-    for k in ('tile', 'scene', 'split', 'row', 'col', 'label', *(c for c in index if c.startswith('full_'))):
+    for k in ('tile', 'scene', 'split', 'row', 'col', 'label', *(c for c in index if c.startswith(('full_', 'boxes_')))):
         nodes[k] = _column(root, k, 'tile', index[k].to_numpy())
     for k, (shape, dtype, dims, fill) in layout.arrays().items():
         nodes[k] = _node((n, *shape), (per, *shape), np.dtype(dtype).name, ('tile', *dims), fill)
         _write(root/k/'zarr.json', json.dumps(nodes[k]))
+    for k, s in layout.targets.items():
+        if s.kind == 'boxes': nodes[f'target_{k}'] = json.loads((root/f'target_{k}'/'zarr.json').read_text())
     along = [k for k in nodes if nodes[k]['dimension_names'] == ['tile'] and k != 'tile']
     about = dict(title='tile store of rs_selfsup', coordinates=' '.join(along))
     meta = dict(kind='inline', must_understand=False, metadata=nodes)
     _write(root/'zarr.json', json.dumps(dict(zarr_format=3, node_type='group', attributes=about, consolidated_metadata=meta)))
+
+# %% ../../nbs/11_data.tiles.ipynb #0718f1c3
+def store_boxes(root, # folder of the store
+                plan:Plan, # with the boxes of its scenes
+                index, # table of the stored tiles; gets a column for each target of boxes
+                valid:TileFiles # validity of the anchor
+               ) -> dict: # target -> split -> class -> boxes; also tiles without boxes, and tiles where they are unknown
+    "Cut the boxes of all scenes to tiles and write them"
+    L, out = plan.layout, {}
+    number = {plan.places[i].name: i for i in plan.places}
+    for k, spec in L.targets.items():
+        if spec.kind != 'boxes': continue
+        rows, size = [], (L.tile, L.tile)
+        for t, scene, r, c, full in zip(index.tile, index.scene, index.row, index.col, index[f'full_{L.anchor}']):
+            b = plan.boxes[number[scene]][k]
+            if b is not None:
+                b = cut_boxes(b, r, c, size, spec.rotated, spec.least)
+                if len(b) and not full: b = on_ground(b, valid.take([t])[0], spec.least)
+                b = b.astype('<f4')
+            rows.append(b)
+        index[f'boxes_{k}'] = [-1 if b is None else len(b) for b in rows]
+        _write_rows(Path(root), f'target_{k}', np.concatenate([np.zeros((0, 6), '<f4'), *(b for b in rows if b is not None)]))
+        out[k] = _count_boxes(rows, index.split, spec.classes)
+    return out
+
+# %% ../../nbs/11_data.tiles.ipynb #40f9201d
+def _write_rows(root, name, rows): # (n, 6) float32 as one chunk, with its Zarr metadata
+    (root/name).mkdir(exist_ok=True)
+    with open(root/name/'c.0.0.part', 'wb') as f: f.write(rows.tobytes()); f.flush(); os.fsync(f.fileno())
+    os.replace(root/name/'c.0.0.part', root/name/'c.0.0')
+    node = _node(rows.shape, (max(1, len(rows)), 6), 'float32', (f'box_{name[7:]}', 'box'), 'NaN')
+    _write(root/name/'zarr.json', json.dumps(node))
+
+def _count_boxes(rows, split, classes): # boxes per split and class, -1 as 'ignore'
+    out = {}
+    for s in SPLITS:
+        mine = [b for b, t in zip(rows, split) if t == s]
+        known = [b for b in mine if b is not None]
+        c = np.concatenate([np.zeros(0), *(b[:, 0] for b in known)]).astype(int)
+        out[s] = {n: int((c == i).sum()) for i, n in enumerate(classes)}
+        out[s].update(ignore=int((c == IGNORE).sum()), tiles=len(mine), empty=sum(not len(b) for b in known), unknown=len(mine) - len(known))
+    return out
+
+# %% ../../nbs/11_data.tiles.ipynb #a4ce92b7
+_OF_BOXES = 'rotated', 'least', 'class_property', 'where', 'format'
+
+def _about_target(spec): # as store.json holds it; what only boxes have is written for boxes
+    return {k: v for k, v in dataclasses.asdict(spec).items() if spec.kind == 'boxes' or k not in _OF_BOXES}
 
 # %% ../../nbs/11_data.tiles.ipynb #00000067
 def _finish(out, plan, ground, dealt, journal, chunk, crew, asked):
@@ -1009,15 +1088,17 @@ def _finish(out, plan, ground, dealt, journal, chunk, crew, asked):
     L, (index, outlines) = plan.layout, _index(plan, ground, dealt, journal)
     full = {k: index[f'full_{k}'].to_numpy() for k in L.modalities}
     per, there = _close_files(L, out, len(index), chunk, full)
-    train = np.flatnonzero(index.split == 'train') if asked['splits'][0] > 0 else np.arange(len(index))
+    train = np.flatnonzero(index.split == 'train') if asked['splits'][0] > 0 or (index.split == 'train').any() else np.arange(len(index))
     for h in crew: h.ask('resize', per)
+    counts = store_boxes(out, plan, index, L.files(out, per)[f'valid_{L.anchor}'])
     stats = statistics(L, crew, train, {k: v[train] for k, v in full.items()})
     _write(out/'stats.json', json.dumps(stats, indent=1))
     _write(out/'index.csv', index.to_csv(index=False, lineterminator='\n'))
     _geojson(out/'index.geojson', index, outlines)
     report = make_report(plan, ground, dealt, journal, index, asked)
+    if counts: report['boxes'] = counts
     _write(out/'report.json', json.dumps(report, indent=1)); _write(out/'report.md', report_text(report))
-    specs = {k: dataclasses.asdict(v) for k, v in L.targets.items()}
+    specs = {k: _about_target(v) for k, v in L.targets.items()}
     _write(out/'store.json', json.dumps(dict(version=VERSION, package=f'rs_selfsup {__version__}', tiles=len(index), anchor=L.anchor,
         modalities={k: m.to_dict() for k, m in L.modalities.items()}, factors=L.factors, dtypes=L.dtypes, tile=L.tile,
         tile_size={k: [L.tile//f]*2 for k, f in L.factors.items()}, targets=specs, tile_label=L.label, classes=list(plan.scenes.classes),
@@ -1047,7 +1128,8 @@ def make_report(plan, # `Plan`
                          georeferenced=p.crs is not None))
     side = dealt.side[np.isfinite(dealt.side)]*ground.size[np.isfinite(dealt.side)]
     missing = {k: int((index[f'valid_{k}'] == 0).sum()) for k in plan.layout.modalities}
-    return dict(tiles=len(index), candidates=len(ground.scene), splits={k: int((index.split == k).sum()) for k in SPLITS}, seed=asked['seed'],
+    given = sum(plan.scenes.scenes[i].split is not None for i in plan.places)
+    return dict(tiles=len(index), given=given, candidates=len(ground.scene), splits={k: int((index.split == k).sum()) for k in SPLITS}, seed=asked['seed'],
                 left_out=dict(buffer=sum(r['buffer'] for r in rows), few_valid=sum(r['few_valid'] for r in rows),
                               failed_scenes=len(journal.failed), too_small_scenes=sum(r['too_small'] for r in rows)),
                 failed={names[i]: why for i, why in sorted(journal.failed.items())}, missing_modality={k: n for k, n in missing.items() if n},
@@ -1081,12 +1163,22 @@ def report_text(r:dict # from `make_report`
     notes = [f"{many(n, 'tile')} without any valid pixel of {k}" for k, n in r['missing_modality'].items()]
     notes += [f'no tile in {k}: too few blocks of ground; choose a smaller block or buffer' for k, n in r['splits'].items() if not n]
     if r['unlabelled']: notes.append(f"{many(r['unlabelled'], 'tile')} without a label")
+    if r.get('given'): notes.append(f"{many(r['given'], 'scene')} with an official split, kept as it is: ground of two splits may touch there")
     flat = sum(not s['georeferenced'] for s in r['scenes'])
     if flat: notes.append(f"{many(flat, 'scene')} without a CRS: no outline in the index, split by group")
     if notes: out += ['', '## To know', '', *(f'- {n}' for n in notes)]
+    out += _boxes_text(r.get('boxes') or {})
     head = ['', '## Scenes', '', '| scene | candidates | tiles | few valid | buffer |', '|---|---|---|---|---|']
     rows = [f"| {s['scene']} | {s['candidates']} | {s['tiles']} | {s['few_valid']} | {s['buffer']} |" for s in r['scenes'][:200]]
     return '\n'.join(out + head + rows + ([f"| ... {len(r['scenes']) - 200} more in report.json | | | | |"] if len(r['scenes']) > 200 else [])) + '\n'
+
+# %% ../../nbs/11_data.tiles.ipynb #2faa0fcf
+def _boxes_text(targets): # a table for each target of boxes
+    out = []
+    for name, splits in targets.items():
+        out += ['', f'## Boxes: {name}', '', f"| split | {' | '.join(next(iter(splits.values())))} |", '|---'*(1 + len(next(iter(splits.values())))) + '|']
+        out += [f"| {s} | {' | '.join(map(str, n.values()))} |" for s, n in splits.items()]
+    return out
 
 # %% ../../nbs/11_data.tiles.ipynb #0000006d
 class TileStore:
@@ -1106,6 +1198,7 @@ class TileStore:
                              self.targets, d['tile_label'])
         self._files = self.layout.files(self.path, d['chunk'])
         self._index = self._stats = self._report = None
+        self._boxes = {k: self._load_boxes(k) for k, t in self.targets.items() if t.kind == 'boxes'}
         if check: self._check_files()
         self._label = self._column('label', np.int64)
         self._full = {k: self._column(f'full_{k}', bool) for k in self.modalities}
@@ -1171,9 +1264,9 @@ def _ids(self:TileStore, ids):
 @patch
 def read(self:TileStore,
          ids, # (B,) tile ids, any order, repeats allowed
-         targets:bool=True # read the dense targets too
+         targets:bool=True # read the targets too
         ) -> dict: # images, valid, targets: dicts of arrays; label: (B,) int64, -1 = none
-    "A batch: images (B, C, h, w) as stored, valid (B, 1, h, w) bool or None where every tile is full, targets (B, H, W)"
+    "A batch: images (B, C, h, w) as stored, valid (B, 1, h, w) bool or None where every tile is full, targets (B, H, W), boxes (B, M, 6)"
     ids, valid = self._ids(ids), {}
     for k, full in self._full.items():
         holes = np.flatnonzero(~full[ids])
@@ -1181,8 +1274,34 @@ def read(self:TileStore,
         if not len(holes): continue
         valid[k] = np.ones((len(ids), 1, *f.shape), bool)
         for i in holes.tolist(): f.take(ids[i:i + 1], valid[k][i])
+    dense = {k: self._files[f'target_{k}'].take(ids) for k in (self.targets if targets else ()) if k not in self._boxes}
     return dict(images={k: self._files[k].take(ids) for k in self.modalities}, valid=valid,
-                targets={k: self._files[f'target_{k}'].take(ids) for k in (self.targets if targets else ())}, label=self._label[ids])
+                targets={**dense, **{k: self.boxes(k, ids) for k in (self._boxes if targets else ())}}, label=self._label[ids])
+
+# %% ../../nbs/11_data.tiles.ipynb #aeb12f10
+@patch
+def _load_boxes(self:TileStore, name): # (rows of all tiles, first row of each tile, rows of each tile or -1)
+    n = self._column(f'boxes_{name}', np.int64)
+    p, first = self.path/f'target_{name}'/'c.0.0', np.cumsum(n.clip(min=0)) - n.clip(min=0)
+    rows = np.fromfile(p, '<f4') if p.exists() else np.zeros(0, '<f4')
+    if len(rows) != 6*n.clip(min=0).sum():
+        raise DataError(f'this part of the store holds {len(rows)//6} of {n.clip(min=0).sum()} boxes', p, fix=_AGAIN)
+    return rows.reshape(-1, 6), first, n
+
+# %% ../../nbs/11_data.tiles.ipynb #7a692fa9
+@patch
+def boxes(self:TileStore,
+          name:str, # a target of kind 'boxes'
+          ids # (B,) tile ids
+         ) -> np.ndarray: # (B, M, 6) float32: class, x, y, w, h, angle; NaN below the last; class -2 first where unknown
+    "The boxes of some tiles, M as many as the fullest of them has, at least 1"
+    rows, first, n = self._boxes[name]
+    ids = self._ids(ids)
+    out = np.full((len(ids), max(1, n[ids].max(initial=0)), 6), np.nan, np.float32)
+    for o, i in zip(out, ids):
+        if n[i] < 0: o[0, 0] = UNKNOWN
+        else: o[:n[i]] = rows[first[i]:first[i] + n[i]]
+    return out
 
 # %% ../../nbs/11_data.tiles.ipynb #a8811575
 @patch
@@ -1204,7 +1323,7 @@ def to_xarray(self:TileStore): # -> `xarray.Dataset`, read on demand
 # %% ../../nbs/11_data.tiles.ipynb #3ce1f2b9
 @patch(as_prop=True)
 def index(self:TileStore):
-    "Property, a table: tile, scene, group, row, col, split, label, valid_<modality>, full_<modality>"
+    "Property, a table: tile, scene, group, row, col, split, label, valid_<modality>, full_<modality>, boxes_<target>"
     if self._index is None:
         import pandas as pd
         p = self.path/'index.csv'
@@ -1236,7 +1355,7 @@ def show(self:TileStore,
          ids=None, # tile ids; None: `n` spread over the store
          n:int=3 # how many
         ):
-    "Pictures of tiles, all modalities, what is not real hatched"
+    "Pictures of tiles, all modalities, with their boxes, what is not real hatched"
     from rs_selfsup.show import show_modalities
     import matplotlib.pyplot as plt
     ids = np.linspace(0, len(self) - 1, min(n, len(self))).astype(int) if ids is None else np.atleast_1d(ids)
@@ -1249,6 +1368,8 @@ def show(self:TileStore,
         valid = {k: None if v is None else v[0, 0] for k, v in b['valid'].items()}
         label = f", {self.classes[b['label'][0]]}" if b['label'][0] >= 0 else ''
         show_modalities(images, self.modalities, valid, row, f"{i} {self.index.split[i]}{label}\n")
+        for k in self._boxes:
+            for m, ax in zip(images, row): show_boxes(self.boxes(k, [i])[0], ax, self.targets[k].colors, self.layout.factors[m])
     return axs
 
 # %% ../../nbs/11_data.tiles.ipynb #00000073
