@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'NUMBERS', 'HEADER', 'TASKS', 'MODES', 'OF_TASK', 'TOP', 'NO_ENCODER', 'BY', 'LOWER', 'Blank', 'replaced',
-           'reserve', 'CachedTiles', 'hear', 'room', 'remember', 'stacked', 'cached_batch', 'places', 'maps_of',
-           'cached', 'try_batch', 'to_line', 'fields', 'append_row', 'put', 'mended', 'check_header', 'parse',
-           'read_results', 'group_metrics', 'merged', 'copy_of', 'bootstrap', 'Run', 'read_protocol', 'plan', 'is_file',
-           'source', 'learner_class', 'open_source', 'make_learner', 'headline', 'digest', 'run_key', 'commit',
-           'machine', 'forget_peak', 'perhaps_cached', 'run_row', 'evaluate', 'newest', 'means', 'differences',
-           'as_text']
+           'reserve', 'CachedTiles', 'stacked', 'cached', 'try_batch', 'to_line', 'fields', 'append_row', 'put',
+           'mended', 'check_header', 'parse', 'read_results', 'group_metrics', 'merged', 'copy_of', 'bootstrap', 'Run',
+           'read_protocol', 'plan', 'is_file', 'source', 'learner_class', 'open_source', 'make_learner', 'headline',
+           'digest', 'run_key', 'commit', 'machine', 'forget_peak', 'perhaps_cached', 'run_row', 'evaluate', 'newest',
+           'means', 'differences', 'as_text']
 
 # %% ../nbs/82_protocol.ipynb #b078299c
 import csv
@@ -28,13 +27,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import import_module
-from itertools import combinations
+from itertools import combinations, product
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm.auto import tqdm
@@ -129,7 +129,8 @@ class CachedTiles(TileReader):
         self.known = stacked(self.parts)
         self.parts = []
 
-# %% ../nbs/82_protocol.ipynb #276ad173
+# %% ../nbs/82_protocol.ipynb #010765d2
+@patch
 def hear(
     self: CachedTiles,
     asked: Batch,  # what the model wants maps of
@@ -148,6 +149,7 @@ def hear(
     return maps
 
 
+@patch
 def room(
     self: CachedTiles,
     part: list,  # maps of one batch
@@ -162,6 +164,7 @@ def room(
     return [reserve(s, self.dtype, self.folder) for s in shapes]
 
 
+@patch
 def remember(
     self: CachedTiles,
     batch: Batch,  # on the CPU
@@ -174,10 +177,7 @@ def remember(
     self.shapes = {k: x.shape[1:] for k, x in batch.images.items()}
     self.rows += len(batch)
 
-
-for f in (hear, room, remember): setattr(CachedTiles, f.__name__, f)
-
-# %% ../nbs/82_protocol.ipynb #010765d2
+# %% ../nbs/82_protocol.ipynb #8d805be9
 def stacked(
     parts: list,  # of dicts: targets, valid, label, full of a batch
 ) -> dict:  # the same of all batches
@@ -195,8 +195,9 @@ def _filled(parts):
     most = max(p.shape[1] for p in parts)
     return [torch.cat([p, p.new_full((len(p), most - p.shape[1], *p.shape[2:]), math.nan)], 1) for p in parts]
 
-# %% ../nbs/82_protocol.ipynb #bd4f1659
-def cached_batch(
+# %% ../nbs/82_protocol.ipynb #8d2c6794
+@patch
+def __getitem__(
     self: CachedTiles,
     at: tuple,  # (epoch, tile ids), as of `TileReader`
 ) -> Batch:  # with blank images
@@ -210,6 +211,7 @@ def cached_batch(
     return Batch(images, valid, {k: t[rows] for k, t in known["targets"].items()}, known["label"][rows], tile, keys(self.seed, epoch, tile), full)
 
 
+@patch
 def places(
     self: CachedTiles,
     tile: Tensor,  # (B,) tile ids
@@ -218,7 +220,8 @@ def places(
     return torch.from_numpy(np.searchsorted(self.at, tile.cpu().numpy()))
 
 
-def maps_of(
+@patch
+def maps(
     self: CachedTiles,
     batch: Batch,  # with blank images
 ) -> list:  # (B, D, h, w) float32
@@ -227,10 +230,7 @@ def maps_of(
     known = iter(y[rows].to(images[0].device).float() for y in self.kept[tuple(i.modality for i in images)])
     return tree_unflatten([next(known) if there else None for there in self.there], self.form)
 
-
-CachedTiles.__getitem__, CachedTiles.places, CachedTiles.maps = cached_batch, places, maps_of
-
-# %% ../nbs/82_protocol.ipynb #c8ba221f
+# %% ../nbs/82_protocol.ipynb #49a0d427
 @contextmanager
 def cached(
     learn,  # `TaskLearner`, mode='probe'
@@ -272,7 +272,7 @@ def try_batch(
     finally:
         for b, old in zip(learn.model.buffers(), before): b.copy_(old)
 
-# %% ../nbs/82_protocol.ipynb #b3e2909e
+# %% ../nbs/82_protocol.ipynb #2546351c
 COLUMNS = ("time", "commit", "package", "config", "machine", "store", "settings", "task", "target", "encoder", "mode", "decoder", "labels", "n", "seed",
            "metric", "value", "lo", "hi", "scores", "seconds", "memory")
 NUMBERS = ("labels", "n", "seed", "value", "lo", "hi", "seconds", "memory")
@@ -289,7 +289,7 @@ def to_line(
     csv.writer(out, lineterminator="\n").writerow([text[k] for k in COLUMNS])
     return out.getvalue()
 
-
+# %% ../nbs/82_protocol.ipynb #5986ba24
 HEADER = (",".join(COLUMNS) + "\n").encode()
 
 
@@ -301,7 +301,7 @@ def fields(
     except (csv.Error, UnicodeDecodeError): return None
     return dict(zip(COLUMNS, values)) if len(values) == len(COLUMNS) and re.fullmatch(r"\d+\.\d", values[-1]) else None
 
-# %% ../nbs/82_protocol.ipynb #aceac618
+# %% ../nbs/82_protocol.ipynb #114f2f10
 def append_row(
     path,  # CSV file; made if it is not there
     row: dict,  # column -> value
@@ -334,7 +334,7 @@ def put(
         raise DataError(f"a row could not be written: {why}", path, fix="Make room and run again: what is there stays, the rest is done.")
     os.fsync(fd)
 
-
+# %% ../nbs/82_protocol.ipynb #c6a050a8
 def mended(
     fd: int,  # open for appending, locked
     path,  # for errors
@@ -350,7 +350,7 @@ def mended(
     os.ftruncate(fd, at)
     return data[:at]
 
-# %% ../nbs/82_protocol.ipynb #949cfc88
+
 def check_header(
     data: bytes,  # of the file
     path,  # for the error
@@ -361,7 +361,7 @@ def check_header(
     names = first.decode(errors="replace").strip()
     raise DataError(f"has other columns: {names[:120]}", path, fix="Name another file for the results, or the one `rs-selfsup evaluate` wrote.")
 
-
+# %% ../nbs/82_protocol.ipynb #2738983b
 def parse(
     data: bytes,  # of the file
     path,  # for the error
@@ -385,7 +385,7 @@ def read_results(
     for k in NUMBERS: rows[k] = [float(v or "nan") for v in rows[k]]
     return rows.astype(dict(n=int, seed=int))
 
-# %% ../nbs/82_protocol.ipynb #5986ba24
+# %% ../nbs/82_protocol.ipynb #d06a8711
 def group_metrics(
     learn,  # trained `TaskLearner`
     split: str = "test",  # or 'val', 'train'
@@ -412,13 +412,15 @@ def merged(
     return total
 
 
-def copy_of(metric):
-    "An empty metric of the same kind"
+def copy_of(
+    metric,  # `StreamingMetric`
+):
+    "An empty one of the same kind"
     new = object.__new__(type(metric))
     vars(new).update(metric.settings())
     return new.reset()
 
-# %% ../nbs/82_protocol.ipynb #688b5ff7
+# %% ../nbs/82_protocol.ipynb #ca120544
 def bootstrap(
     metrics: list,  # one of each group
     score: str,  # key of `compute`
@@ -436,14 +438,14 @@ def bootstrap(
     lo, hi = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(lo), float(hi)
 
-# %% ../nbs/82_protocol.ipynb #2738983b
+# %% ../nbs/82_protocol.ipynb #e2f12238
 TASKS = ("classification", "segmentation", "change", "detection", "height")
 MODES = ("probe", "finetune", "scratch")
 OF_TASK = dict(target=None, modes=["probe"], decoder=None, modalities=None, store=None, epochs=20, lr=None, bs=64, crop=None, warmup=0.1, metric=None,
                cache=True, augment=True, settings={})
 TOP = ("store", "stores", "seeds", "fractions", "encoders", "tasks", "split", "draws", *OF_TASK)
 
-
+# %% ../nbs/82_protocol.ipynb #778e20ea
 @dataclass(frozen=True)
 class Run:
     "One training and its test: one row of the table."
@@ -459,7 +461,7 @@ class Run:
     draws: int | None  # of the bootstrap
     spec: dict  # the other settings of the task, with its defaults
 
-
+# %% ../nbs/82_protocol.ipynb #81782e45
 def read_protocol(
     config,  # .toml, .yaml or .json file, or a dict
 ) -> dict:
@@ -491,7 +493,7 @@ def _task(t, c, file):
     t["store"] = pick(t["store"] or next(iter(c["stores"])), c["stores"], "store", file)
     return t
 
-# %% ../nbs/82_protocol.ipynb #2e943494
+# %% ../nbs/82_protocol.ipynb #f045d3a9
 def plan(
     config,  # see `read_protocol`
     only: list | None = None,  # names of tasks; None: all
@@ -505,11 +507,12 @@ def plan(
             names = [k for k in c["encoders"] if mode == "probe" or is_file(c["encoders"][k]) == (mode == "finetune")]
             if not names: raise DataError(f"{t['task']}: no encoder for mode {mode!r}", fix=NO_ENCODER[mode])
             spec = {k: _for_mode(t["task"], k, v, mode) for k, v in t.items() if k not in ("task", "modes", "store")}
-            runs += [Run(str(c["stores"][t["store"]]), t["task"], k, *source(k, c["encoders"], s), mode, f / 100, s, c.get("split", "test"), c.get("draws"), spec)
-                     for f in c["fractions"] for s in c["seeds"] for k in names]
+            last = c.get("split", "test"), c.get("draws"), spec
+            for f, s, k in product(c["fractions"], c["seeds"], names):
+                runs.append(Run(str(c["stores"][t["store"]]), t["task"], k, *source(k, c["encoders"], s), mode, f / 100, s, *last))
     return runs
 
-
+# %% ../nbs/82_protocol.ipynb #cb4f801b
 NO_ENCODER = dict(probe="Name one in [encoders].", finetune="Name a file of `export_encoder` in [encoders].", scratch='Give random = "random" in [encoders].')
 
 
@@ -519,7 +522,11 @@ def _for_mode(task, k, v, mode):
     return v[mode]
 
 
-def is_file(source): return str(source).endswith(".safetensors") and isinstance(source, (str, Path))
+def is_file(
+    source,  # of an encoder, as the config gives it
+) -> bool:
+    "Weights, or only a name?"
+    return isinstance(source, (str, Path)) and str(source).endswith(".safetensors")
 
 
 def source(
@@ -543,7 +550,7 @@ def _file(path, seed):
     if not Path(path).exists(): raise DataError("there is no such encoder file", path, fix="Pre-train it, or mend the name in [encoders].")
     return path
 
-# %% ../nbs/82_protocol.ipynb #d06a8711
+# %% ../nbs/82_protocol.ipynb #295a427c
 def learner_class(
     task: str,  # of `TASKS`
 ):
@@ -573,7 +580,7 @@ def open_source(
         return create_encoder(**{"name": run.source["name"], **run.source}, modalities={m: store.modalities[m] for m in names},
                               anchor=store.anchor if store.anchor in names else names[0])
 
-
+# %% ../nbs/82_protocol.ipynb #6a700993
 def make_learner(
     run: Run,  # what is asked for
 ):
@@ -596,7 +603,7 @@ def headline(
     model = learn.task_model
     return pick(metric, model.metric().compute(), f"metric of {model.task}") if metric else model.headline
 
-# %% ../nbs/82_protocol.ipynb #ca120544
+# %% ../nbs/82_protocol.ipynb #7a8060f6
 @lru_cache(None)
 def digest(
     path: str,  # file, or store
@@ -619,7 +626,7 @@ def run_key(
     if run.like: d["like"] = {k: v for k, v in read_header(run.like).items() if k not in ("config", "package")}
     return hashlib.sha256(json.dumps(plain(d), sort_keys=True).encode()).hexdigest()[:16]
 
-
+# %% ../nbs/82_protocol.ipynb #b065f0ba
 @lru_cache(None)
 def commit() -> str:  # '' outside of git; '+dirty' behind it where files differ
     "The commit of this package's files"
@@ -639,7 +646,7 @@ def machine() -> str:
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{cpu}, {os.cpu_count()} cores, torch {torch.__version__}{gpu}"
 
-# %% ../nbs/82_protocol.ipynb #5a181e05
+# %% ../nbs/82_protocol.ipynb #6c77f6f8
 def forget_peak():
     "The peak of memory starts anew, where the system can"
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
@@ -659,7 +666,7 @@ def perhaps_cached(
             except DataError: pass
         yield
 
-
+# %% ../nbs/82_protocol.ipynb #9e8a8135
 def run_row(
     run: Run,  # what is asked for
 ) -> dict:  # column -> value
@@ -678,7 +685,7 @@ def run_row(
                         n=len(learn.dls.train.dataset), metric=metric, value=scores[metric], lo=lo, hi=hi, scores=json.dumps(scores),
                         seconds=round(time.perf_counter() - start, 2), memory=peak_memory())
 
-# %% ../nbs/82_protocol.ipynb #ce8ca91d
+# %% ../nbs/82_protocol.ipynb #48d1f9f5
 def evaluate(
     config,  # .toml, .yaml or .json file, or a dict: see above
     out,  # CSV file; rows that are there stay
@@ -714,7 +721,7 @@ def _at_once(todo, out, bar, processes):
 
 def _in_child(run, out): return append_row(out, run_row(run))
 
-# %% ../nbs/82_protocol.ipynb #f045d3a9
+# %% ../nbs/82_protocol.ipynb #7a55703b
 BY = ("store", "task", "target", "decoder", "setting", "mode", "labels", "encoder")  # what tells rows apart, beside the seed
 LOWER = ("RMSE", "MAE", "AbsRel")  # the less the better
 
@@ -744,14 +751,14 @@ def means(
             raise DataError(f"{len(part)} rows of one seed differ in {differ or 'nothing but their settings'}", fix=f"Group by {differ[:1]} too.")
     return summarize(rows, [*by, "metric"], ("value",))
 
-# %% ../nbs/82_protocol.ipynb #549c8158
+# %% ../nbs/82_protocol.ipynb #ad194705
 def differences(
     rows: pd.DataFrame,  # of `newest`
     by=BY,  # columns that tell groups apart, `encoder` among them
 ) -> pd.DataFrame:  # a row for each two encoders
     "Who is better, are the intervals apart, and the mean paired difference over common seeds with its interval"
     same, out = [k for k in by if k not in ("encoder", "mode")], []
-    if "encoder" not in by: return pd.DataFrame()
+    if "encoder" not in by or means(rows, by).empty: return pd.DataFrame()
     rows = rows.assign(whole=rows["mode"] != "probe")
     for key, part in rows.groupby([*same, "whole", "metric"], sort=False):
         called = part["encoder"] + np.where(part["mode"] == "probe", "", " " + part["mode"])
@@ -771,7 +778,7 @@ def _compared(a, b, lower):
     mean, lo, hi = mean_interval(both) if len(both) else (math.nan,) * 3
     return {"difference": x - y, "verdict": apart, "paired": mean, "paired lo": lo, "paired hi": hi, "pairs": len(both)}
 
-# %% ../nbs/82_protocol.ipynb #cb4f801b
+# %% ../nbs/82_protocol.ipynb #f4111caa
 def as_text(
     table: pd.DataFrame,  # of `means` or `differences`
     format: str = "text",  # or 'markdown'

@@ -29,8 +29,8 @@ DECADES = [
     (40, 59, "Encoders and methods"),
     (60, 61, "Training"),
     (62, 69, "Evaluation and export"),
-    (70, 79, "Downstream tasks"),
-    (80, 89, "Whole scenes"),
+    (70, 84, "Downstream tasks"),
+    (85, 89, "Whole scenes"),
     (90, 99, "Command line and recipes"),
 ]
 ABOUT = {"CONTRIBUTING.md": "about/contributing.md", "CHANGELOG.md": "about/changelog.md"}

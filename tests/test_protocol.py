@@ -29,7 +29,8 @@ from rs_selfsup.evaluate import random_like
 from rs_selfsup.export import export_encoder, load_encoder
 from rs_selfsup.metrics import ChangeMetrics, DepthMetrics, DetectionMetrics, SegmentationMetrics
 from rs_selfsup.modalities import DataError
-from rs_selfsup.protocol import COLUMNS, CachedTiles, append_row, bootstrap, cached, differences, evaluate, group_metrics, means, merged, newest, plan, read_results
+from rs_selfsup.protocol import CachedTiles, append_row, bootstrap, cached, group_metrics, merged
+from rs_selfsup.protocol import COLUMNS, differences, evaluate, means, newest, plan, read_results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TARGET = {SegmentationLearner: "landcover", HeightLearner: "height", ChangeLearner: "change"}
@@ -87,7 +88,8 @@ def test_cached_equals_uncached(store, encoder, learner, kw):
     a, b, c = (x.method.state_dict() for x in (plain, quick, half))
     assert all(torch.equal(v, b[k]) for k, v in a.items()) and not all(torch.equal(v, a[k]) for k, v in c.items())
     assert scores == pytest.approx(plain.validate("test"), nan_ok=True) == pytest.approx(quick.validate("test"), nan_ok=True)
-    assert half.validate("test")["OA" if learner is not HeightLearner else "RMSE"] == pytest.approx(scores["OA" if learner is not HeightLearner else "RMSE"], rel=0.02)
+    k = "RMSE" if learner is HeightLearner else "OA"
+    assert half.validate("test")[k] == pytest.approx(scores[k], rel=0.02)
     assert "maps" not in vars(quick.task_model) and quick.dls.train.augment is not None  # as before
 
 
@@ -213,8 +215,10 @@ def test_two_processes_at_once(tmp_path):
 
 # -- runs ----------------
 def test_rows_say_what_was_done(store, config, tmp_path):
-    rows = evaluate(config | dict(fractions=[20, 100], modes=["probe", "finetune", "scratch"], epochs=dict(probe=2, finetune=1, scratch=1)), tmp_path / "r.csv", progress=False)
-    assert rows.groupby(["mode", "encoder"], sort=False).size().to_dict() == {("probe", "ours"): 2, ("probe", "random"): 2, ("finetune", "ours"): 2, ("scratch", "random"): 2}
+    config |= dict(fractions=[20, 100], modes=["probe", "finetune", "scratch"], epochs=dict(probe=2, finetune=1, scratch=1))
+    rows = evaluate(config, tmp_path / "r.csv", progress=False)
+    n = rows.groupby("mode", sort=False)["encoder"].agg(list).to_dict()
+    assert n == dict(probe=["ours", "random"] * 2, finetune=["ours"] * 2, scratch=["random"] * 2)
     ids = store.split("train")
     assert rows.groupby("labels")["n"].agg(["min", "max"]).values.tolist() == [[n := len(few_labels(store, ids, 0.2)), n], [len(ids)] * 2]
     assert rows["memory"].between(50, 50000).all() and (rows["seconds"] > 0).all() and (rows["package"] == protocol.rs_selfsup.__version__).all()
@@ -362,9 +366,8 @@ def test_scenes_together_are_the_split(store, encoder):
 
 # -- the summary ----------------
 def table(series, **kw):
-    rows = [ROW | dict(store="s", task="height", target="h", decoder="linear", mode="probe", labels=0.1, metric="RMSE", settings="{}", encoder=e, seed=s, value=v) | kw
-            for e, vs in series.items() for s, v in enumerate(vs)]  # fmt: skip
-    return pd.DataFrame(rows)
+    same = ROW | dict(store="s", task="height", target="h", decoder="linear", mode="probe", labels=0.1, metric="RMSE", settings="{}") | kw
+    return pd.DataFrame([same | dict(encoder=e, seed=s, value=v) for e, vs in series.items() for s, v in enumerate(vs)])
 
 
 def test_means_and_differences_by_hand():
@@ -379,7 +382,8 @@ def test_means_and_differences_by_hand():
 
 
 def test_only_what_belongs_together_is_averaged():
-    rows = pd.concat([table(dict(a=(1.0, 2.0))), table(dict(a=(5.0, 6.0)), labels=1.0), table(dict(a=(7.0, 8.0)), mode="finetune"), table(dict(r=(9.0, 9.5)), mode="scratch")])
+    whole = table(dict(a=(7.0, 8.0)), mode="finetune"), table(dict(r=(9.0, 9.5)), mode="scratch")
+    rows = pd.concat([table(dict(a=(1.0, 2.0))), table(dict(a=(5.0, 6.0)), labels=1.0), *whole])
     assert means(newest(rows))["value"].tolist() == [1.5, 5.5, 7.5, 9.25]
     assert differences(newest(rows))["compared"].tolist() == ["a finetune - r scratch"]
     with pytest.raises(DataError, match="labels"):
@@ -393,8 +397,8 @@ def test_only_what_belongs_together_is_averaged():
 def test_from_the_command_line(config, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     enc = "\n".join(f'{k} = "{v}"' for k, v in config["encoders"].items())
-    Path("five.toml").write_text(f'store = "{config["store"]}"\nseeds = 2\nepochs = 1\nbs = 16\n[encoders]\n{enc}\n[[tasks]]\ntask = "segmentation"\ntarget = "landcover"\n'
-                                 '[[tasks]]\ntask = "height"\ntarget = "height"\ndecoder = "linear"\n')  # fmt: skip
+    tasks = '[[tasks]]\ntask = "segmentation"\ntarget = "landcover"\n[[tasks]]\ntask = "height"\ntarget = "height"\ndecoder = "linear"\n'
+    Path("five.toml").write_text(f'store = "{config["store"]}"\nseeds = 2\nepochs = 1\nbs = 16\n[encoders]\n{enc}\n{tasks}')
     assert main(["evaluate", "five.toml", "--only", "height", "--processes", "2"]) == 0
     assert "intervals" in capsys.readouterr().out and len(read_results("five.csv")) == 4
     assert main(["table", "five.csv", "--format", "markdown"]) == 0
