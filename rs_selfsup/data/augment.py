@@ -310,9 +310,9 @@ def crop_map(p:Placement, # in pixels of the finest grid
              crop:tuple # (h, w), the same
             ) -> tuple: # (scale (B, 2), shift (B, 2), transpose (B,)), y before x: new = scale*old + shift
     "A crop as a map of coordinates"
-    start, flip = torch.stack([p.row, p.col], 1).float(), torch.stack([p.flip_rows, p.flip_cols], 1)
-    end = torch.tensor(crop, dtype=torch.float32, device=start.device)
-    return 1 - 2*flip.float(), torch.where(flip, end + start, -start), p.transpose
+    start, end = (torch.stack([p.row + h, p.col + w], 1).float() for h, w in ((0, 0), crop))
+    flip = torch.stack([p.flip_rows, p.flip_cols], 1)
+    return 1 - 2*flip.float(), torch.where(flip, end, -start), p.transpose
 
 def zoom_map(grid:tuple, # from `ground_grid`
              size:tuple, # (H, W) of the tile
@@ -320,8 +320,9 @@ def zoom_map(grid:tuple, # from `ground_grid`
             ) -> tuple: # as `crop_map`
     "A zoom as a map of coordinates"
     half, mid, t = grid
-    size, crop = (torch.tensor(o, dtype=torch.float32, device=half.device) for o in (size, crop))
-    return crop/size/half, crop/2*(1 - (1 + mid)/half), t
+    scale = torch.stack([c/s/half[:, i] for i, (c, s) in enumerate(zip(crop, size))], 1)
+    shift = torch.stack([c/2*(1 - (1 + mid[:, i])/half[:, i]) for i, c in enumerate(crop)], 1)
+    return scale, shift, t
 
 # %% ../../nbs/13_data.augment.ipynb #09e19c2a
 def move_boxes(b:Tensor, # (B, M, 6) class, x, y, w, h, angle in pixels of the tile

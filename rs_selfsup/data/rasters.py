@@ -1044,7 +1044,7 @@ class SceneReader:
                  scenes:Scenes, # its modalities, anchor and target specs
                  check:bool=True # look at some values on opening: units, all nodata
                 ):
-        self.scene, self.scenes, self._check, self._handles = scene, scenes, check, {}
+        self.scene, self.scenes, self._check, self._handles, self._boxes = scene, scenes, check, {}, {}
         self.factors = grid_factors(scenes)
 
     transform = property(lambda self: self.grid.transform, doc='Anchor pixel -> projection')
@@ -1347,11 +1347,16 @@ def boxes(self:SceneReader,
           name:str # a target of kind 'boxes'
          ) -> np.ndarray|None: # (n, 6) class, x, y, w, h, angle in anchor pixels of the scene; None: unknown
     "All boxes of the scene"
-    f, spec, s = self.scene.targets.get(name), self.scenes.targets[name], self.first
+    if name not in self._boxes: self._boxes[name] = self._place_boxes(self.scene.targets.get(name), self.scenes.targets[name])
+    return self._boxes[name]
+
+@patch
+def _place_boxes(self:SceneReader, f, spec): # read a file and put its boxes on the grid
     if f is None: return None
     _exists(f.path)
     found, to_pixels = self._found(f, spec)
     if found is None: return None
+    s = self.first
     rim = corners(np.array([0, s.width/2, s.height/2, s.width, s.height, 0.]))
     rim = np.stack(at(after(~self.grid.transform, s.transform), *rim.T), -1)
     return boxes_from(found, spec, to_pixels, (*rim.min(0), *rim.max(0)), f.path, f.shared)

@@ -20,7 +20,7 @@ from rasterio.warp import transform as warp_points
 from tqdm import tqdm
 from .. import __version__
 from ..modalities import DataError, Modality
-from .boxes import IGNORE, UNKNOWN, cut as cut_boxes
+from .boxes import IGNORE, UNKNOWN, cut as cut_boxes, on_ground, show_boxes
 from .rasters import Scenes, TargetSpec, grid_factors, load_scenes
 
 # %% ../../nbs/11_data.tiles.ipynb #00000007
@@ -1037,7 +1037,8 @@ def _metadata(root, layout, index, per):
 # %% ../../nbs/11_data.tiles.ipynb #0718f1c3
 def store_boxes(root, # folder of the store
                 plan:Plan, # with the boxes of its scenes
-                index # table of the stored tiles; gets a column for each target of boxes
+                index, # table of the stored tiles; gets a column for each target of boxes
+                valid:TileFiles # validity of the anchor
                ) -> dict: # target -> split -> class -> boxes; also tiles without boxes, and tiles where they are unknown
     "Cut the boxes of all scenes to tiles and write them"
     L, out = plan.layout, {}
@@ -1045,10 +1046,14 @@ def store_boxes(root, # folder of the store
     for k, spec in L.targets.items():
         if spec.kind != 'boxes': continue
         rows, size = [], (L.tile, L.tile)
-        for scene, r, c in zip(index.scene, index.row, index.col):
+        for t, scene, r, c, full in zip(index.tile, index.scene, index.row, index.col, index[f'full_{L.anchor}']):
             b = plan.boxes[number[scene]][k]
-            rows.append(None if b is None else cut_boxes(b, r, c, size, spec.rotated, spec.least).astype('<f4'))
-        index[f'boxes_{k}'] = [UNKNOWN + 1 if b is None else len(b) for b in rows]
+            if b is not None:
+                b = cut_boxes(b, r, c, size, spec.rotated, spec.least)
+                if len(b) and not full: b = on_ground(b, valid.take([t])[0], spec.least)
+                b = b.astype('<f4')
+            rows.append(b)
+        index[f'boxes_{k}'] = [-1 if b is None else len(b) for b in rows]
         _write_rows(Path(root), f'target_{k}', np.concatenate([np.zeros((0, 6), '<f4'), *(b for b in rows if b is not None)]))
         out[k] = _count_boxes(rows, index.split, spec.classes)
     return out
@@ -1085,7 +1090,7 @@ def _finish(out, plan, ground, dealt, journal, chunk, crew, asked):
     per, there = _close_files(L, out, len(index), chunk, full)
     train = np.flatnonzero(index.split == 'train') if asked['splits'][0] > 0 or (index.split == 'train').any() else np.arange(len(index))
     for h in crew: h.ask('resize', per)
-    counts = store_boxes(out, plan, index)
+    counts = store_boxes(out, plan, index, L.files(out, per)[f'valid_{L.anchor}'])
     stats = statistics(L, crew, train, {k: v[train] for k, v in full.items()})
     _write(out/'stats.json', json.dumps(stats, indent=1))
     _write(out/'index.csv', index.to_csv(index=False, lineterminator='\n'))
@@ -1350,7 +1355,7 @@ def show(self:TileStore,
          ids=None, # tile ids; None: `n` spread over the store
          n:int=3 # how many
         ):
-    "Pictures of tiles, all modalities, what is not real hatched"
+    "Pictures of tiles, all modalities, with their boxes, what is not real hatched"
     from rs_selfsup.show import show_modalities
     import matplotlib.pyplot as plt
     ids = np.linspace(0, len(self) - 1, min(n, len(self))).astype(int) if ids is None else np.atleast_1d(ids)
@@ -1363,6 +1368,8 @@ def show(self:TileStore,
         valid = {k: None if v is None else v[0, 0] for k, v in b['valid'].items()}
         label = f", {self.classes[b['label'][0]]}" if b['label'][0] >= 0 else ''
         show_modalities(images, self.modalities, valid, row, f"{i} {self.index.split[i]}{label}\n")
+        for k in self._boxes:
+            for m, ax in zip(images, row): show_boxes(self.boxes(k, [i])[0], ax, self.targets[k].colors, self.layout.factors[m])
     return axs
 
 # %% ../../nbs/11_data.tiles.ipynb #00000073
