@@ -497,8 +497,8 @@ def _add_probe(commands):
 
 # %% ../nbs/95_cli.ipynb #7ce820d2
 TASKS = ("segmentation", "height", "change", "classification", "detection")
-TASK_CONFIG = ("store", "task", "encoder", "target", "mode", "decoder", "detector", "modalities", "label_fraction", "patch_size", "crop", "epochs", "bs", "lr", "warmup",
-               "accumulate", "precision", "workers", "threads", "save_every", "keep", "tensorboard", "seed", "split", "settings")
+TASK_CONFIG = ("store", "task", "encoder", "target", "mode", "decoder", "detector", "modalities", "label_fraction", "patch_size", "crop", "epochs", "bs", "lr",
+               "warmup",               "accumulate", "precision", "workers", "threads", "save_every", "keep", "tensorboard", "seed", "split", "settings")
 
 
 def finetune(args):
@@ -574,7 +574,8 @@ def run_task(
     save_figure(learn.show_results(c["split"]), out / "results.png")
     save_figure(plot_curves(out / "checkpoints"), out / "curves.png")
     print(f"{c['split']}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items() if "/" not in k))
-    print(f"model:   {out / 'model.safetensors'}, picture {out / 'results.png'}\nnext:    rs-selfsup predict {out / 'model.safetensors'} scenes.yaml {'boxes.gpkg' if model.task == 'detection' else 'map.tif'}")
+    file, result = out / "model.safetensors", "boxes.gpkg" if model.task == "detection" else "map.tif"
+    print(f"model:   {file}, picture {out / 'results.png'}\nnext:    rs-selfsup predict {file} scenes.yaml {result}")
     return learn
 
 # %% ../nbs/95_cli.ipynb #48a64743

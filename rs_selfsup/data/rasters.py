@@ -189,7 +189,8 @@ def _amount_of(name, d, file):
     scale, offset = d.get('scale', 1.), d.get('offset', 0.)
     for k, v in dict(scale=scale, offset=offset).items():
         if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v) or (k == 'scale' and v == 0):
-            raise DataError(f"target '{name}': {k} is {v!r}", file, fix=f"Write a number{' other than 0' if k == 'scale' else ''}: value = stored*scale + offset.")
+            other = ' other than 0' if k == 'scale' else ''
+            raise DataError(f"target '{name}': {k} is {v!r}", file, fix=f"Write a number{other}: value = stored*scale + offset.")
     length = d['unit'] in LENGTHS
     return 'metre' if length else d['unit'], scale, offset, LENGTHS[d['unit']] if length else 1.
 
