@@ -498,7 +498,7 @@ def _add_probe(commands):
 # %% ../nbs/95_cli.ipynb #7ce820d2
 TASKS = ("segmentation", "height", "change", "classification", "detection")
 TASK_CONFIG = ("store", "task", "encoder", "target", "mode", "decoder", "detector", "modalities", "label_fraction", "patch_size", "crop", "epochs", "bs", "lr",
-               "warmup",               "accumulate", "precision", "workers", "threads", "save_every", "keep", "tensorboard", "seed", "split", "settings")
+               "warmup", "accumulate", "precision", "workers", "threads", "save_every", "keep", "tensorboard", "seed", "split", "settings")
 
 
 def finetune(args):
