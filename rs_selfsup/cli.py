@@ -712,7 +712,8 @@ def _tables(rows, by=None, format="text"):
 
 # %% ../nbs/95_cli.ipynb #88b61f36
 def _add_evaluate(commands):
-    p = _command(commands, "evaluate", evaluate, "encoders on tasks, by a config: a row of a CSV file for each run", "five_tasks.toml --out results.csv --processes 2")
+    example = "five_tasks.toml --out results.csv --processes 2"
+    p = _command(commands, "evaluate", evaluate, "encoders on tasks, by a config: a row of a CSV file for each run", example)
     p.add_argument("file", type=Path, metavar="CONFIG", help="TOML file: stores, tasks, encoders, shares of the labels, seeds")
     p.add_argument("--out", type=Path, help="CSV file; what has a row there is not run again (default: the config's name, here)")
     p.add_argument("--processes", type=int, default=1, help="runs at a time; with more than one, each has one thread")

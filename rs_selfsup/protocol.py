@@ -36,6 +36,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm.auto import tqdm
 
 import rs_selfsup
@@ -114,7 +115,7 @@ class CachedTiles(TileReader):
         model, self.learn, self.at = learn.task_model, learn, np.sort(self.ids)
         if not model.frozen: raise DataError("maps of an encoder that learns do not stay the same", fix="Cache them with mode='probe'.")
         self.names, self.last = model.features.modalities, getattr(model.head, "levels", None)
-        self.rows, self.kept, self.parts, self.folder, self.limit, self.dtype = 0, {}, [], folder, limit, dtype
+        self.rows, self.kept, self.forms, self.parts, self.folder, self.limit, self.dtype = 0, {}, {}, [], folder, limit, dtype
         batches = type(learn).tiles(learn, None, bs, self.at)
         was, encode = model.training, model.maps
         model.eval()
@@ -128,38 +129,40 @@ class CachedTiles(TileReader):
         self.known = stacked(self.parts)
         self.parts = []
 
-# %% ../nbs/82_protocol.ipynb #276ad173
+# %% ../nbs/82_protocol.ipynb #010765d2
 @patch
 def hear(
     self: CachedTiles,
     asked: Batch,  # what the model wants maps of
     batch: Batch,  # the whole batch
-    maps: list,  # (B, D, h, w), what it gets
+    maps: list,  # (B, D, h, w), or tuples of tensors: what it gets
 ) -> list:
     "Keep the maps of a batch"
     images = {id(x): k for k, x in batch.images.items()}
     key = tuple(images.get(id(asked.images[m])) for m in self.names)
     if None in key: raise DataError("the model changes its images before it encodes them", fix="Train it without a cache.")
     part = maps[-self.last :] if isinstance(self.last, int) else maps
-    if any(y.abs().amax() > torch.finfo(self.dtype).max for y in part): raise DataError("maps beyond the range of float16", fix="Use dtype=torch.float32.")
-    if key not in self.kept: self.kept[key] = self.room(part)
-    for to, y in zip(self.kept[key], part): to[self.rows : self.rows + len(y)] = y.to(self.dtype).cpu()
+    tensors, form = tree_flatten(part)
+    if key not in self.kept: self.kept[key], self.forms[key] = self.room(tensors), form
+    for to, y in zip(self.kept[key], tensors):
+        if y is None: continue
+        if y.abs().amax() > torch.finfo(self.dtype).max: raise DataError("maps beyond the range of float16", fix="Use dtype=torch.float32.")
+        to[self.rows : self.rows + len(y)] = y.to(self.dtype).cpu()
     return maps
 
 
 @patch
 def room(
     self: CachedTiles,
-    part: list,  # maps of one batch
-) -> list:  # of `Tensor`
+    part: list,  # (B, ...) tensors of one batch, or None
+) -> list:  # of `Tensor` or None
     "Where the maps of all tiles go"
-    shapes = [(len(self), *y.shape[1:]) for y in part]
-    used = sum(y.numel() for kept in self.kept.values() for y in kept)
-    if self.dtype.itemsize * (used + sum(map(math.prod, shapes))) <= self.limit * 2**20: return [reserve(s, self.dtype) for s in shapes]
-    if self.folder is None:
-        self.temporary = tempfile.TemporaryDirectory(prefix="rs_selfsup_maps_")
-        self.folder = self.temporary.name
-    return [reserve(s, self.dtype, self.folder) for s in shapes]
+    shapes, folder = [y if y is None else (len(self), *y.shape[1:]) for y in part], None
+    used = sum(y.numel() for kept in self.kept.values() for y in kept if y is not None)
+    if self.dtype.itemsize * (used + sum(math.prod(s) for s in shapes if s)) > self.limit * 2**20:
+        if self.folder is None: self.temporary = tempfile.TemporaryDirectory(prefix="rs_selfsup_maps_")
+        folder = self.folder or self.temporary.name
+    return [s and reserve(s, self.dtype, folder) for s in shapes]
 
 
 @patch
@@ -175,7 +178,7 @@ def remember(
     self.shapes = {k: x.shape[1:] for k, x in batch.images.items()}
     self.rows += len(batch)
 
-# %% ../nbs/82_protocol.ipynb #010765d2
+# %% ../nbs/82_protocol.ipynb #8d805be9
 def stacked(
     parts: list,  # of dicts: targets, valid, label, full of a batch
 ) -> dict:  # the same of all batches
@@ -193,7 +196,7 @@ def _filled(parts):
     most = max(p.shape[1] for p in parts)
     return [torch.cat([p, p.new_full((len(p), most - p.shape[1], *p.shape[2:]), math.nan)], 1) for p in parts]
 
-# %% ../nbs/82_protocol.ipynb #bd4f1659
+# %% ../nbs/82_protocol.ipynb #8d2c6794
 @patch
 def __getitem__(
     self: CachedTiles,
@@ -222,12 +225,13 @@ def places(
 def maps(
     self: CachedTiles,
     batch: Batch,  # with blank images
-) -> list:  # (B, D, h, w) float32
+) -> list:  # (B, D, h, w) float32, in the form in which the encoder said it
     "What the encoder said"
     rows, images = self.places(batch.tile), [batch.images[m] for m in self.names]
-    return [y[rows].to(images[0].device).float() for y in self.kept[tuple(i.modality for i in images)]]
+    key = tuple(i.modality for i in images)
+    return tree_unflatten([y if y is None else y[rows].to(images[0].device).float() for y in self.kept[key]], self.forms[key])
 
-# %% ../nbs/82_protocol.ipynb #c8ba221f
+# %% ../nbs/82_protocol.ipynb #49a0d427
 @contextmanager
 def cached(
     learn,  # `TaskLearner`, mode='probe'
@@ -269,7 +273,7 @@ def try_batch(
     finally:
         for b, old in zip(learn.model.buffers(), before): b.copy_(old)
 
-# %% ../nbs/82_protocol.ipynb #b3e2909e
+# %% ../nbs/82_protocol.ipynb #2546351c
 COLUMNS = ("time", "commit", "package", "config", "machine", "store", "settings", "task", "target", "encoder", "mode", "decoder", "labels", "n", "seed",
            "metric", "value", "lo", "hi", "scores", "seconds", "memory")
 NUMBERS = ("labels", "n", "seed", "value", "lo", "hi", "seconds", "memory")
@@ -286,7 +290,7 @@ def to_line(
     csv.writer(out, lineterminator="\n").writerow([text[k] for k in COLUMNS])
     return out.getvalue()
 
-# %% ../nbs/82_protocol.ipynb #aceac618
+# %% ../nbs/82_protocol.ipynb #5986ba24
 HEADER = (",".join(COLUMNS) + "\n").encode()
 
 
@@ -298,7 +302,7 @@ def fields(
     except (csv.Error, UnicodeDecodeError): return None
     return dict(zip(COLUMNS, values)) if len(values) == len(COLUMNS) and re.fullmatch(r"\d+\.\d", values[-1]) else None
 
-# %% ../nbs/82_protocol.ipynb #949cfc88
+# %% ../nbs/82_protocol.ipynb #114f2f10
 def append_row(
     path,  # CSV file; made if it is not there
     row: dict,  # column -> value
@@ -331,7 +335,7 @@ def put(
         raise DataError(f"a row could not be written: {why}", path, fix="Make room and run again: what is there stays, the rest is done.")
     os.fsync(fd)
 
-# %% ../nbs/82_protocol.ipynb #2546351c
+# %% ../nbs/82_protocol.ipynb #c6a050a8
 def mended(
     fd: int,  # open for appending, locked
     path,  # for errors
@@ -358,7 +362,7 @@ def check_header(
     names = first.decode(errors="replace").strip()
     raise DataError(f"has other columns: {names[:120]}", path, fix="Name another file for the results, or the one `rs-selfsup evaluate` wrote.")
 
-# %% ../nbs/82_protocol.ipynb #86721efc
+# %% ../nbs/82_protocol.ipynb #2738983b
 def parse(
     data: bytes,  # of the file
     path,  # for the error
@@ -382,7 +386,7 @@ def read_results(
     for k in NUMBERS: rows[k] = [float(v or "nan") for v in rows[k]]
     return rows.astype(dict(n=int, seed=int))
 
-# %% ../nbs/82_protocol.ipynb #114f2f10
+# %% ../nbs/82_protocol.ipynb #d06a8711
 def group_metrics(
     learn,  # trained `TaskLearner`
     split: str = "test",  # or 'val', 'train'
@@ -417,7 +421,7 @@ def copy_of(
     vars(new).update(metric.settings())
     return new.reset()
 
-# %% ../nbs/82_protocol.ipynb #c6a050a8
+# %% ../nbs/82_protocol.ipynb #ca120544
 def bootstrap(
     metrics: list,  # one of each group
     score: str,  # key of `compute`
@@ -435,14 +439,14 @@ def bootstrap(
     lo, hi = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(lo), float(hi)
 
-# %% ../nbs/82_protocol.ipynb #dda9e409
+# %% ../nbs/82_protocol.ipynb #e2f12238
 TASKS = ("classification", "segmentation", "change", "detection", "height")
 MODES = ("probe", "finetune", "scratch")
 OF_TASK = dict(target=None, modes=["probe"], decoder=None, modalities=None, store=None, epochs=20, lr=None, bs=64, crop=None, warmup=0.1, metric=None,
                cache=True, augment=True, settings={})
 TOP = ("store", "stores", "seeds", "fractions", "encoders", "tasks", "split", "draws", *OF_TASK)
 
-# %% ../nbs/82_protocol.ipynb #d06a8711
+# %% ../nbs/82_protocol.ipynb #778e20ea
 @dataclass(frozen=True)
 class Run:
     "One training and its test: one row of the table."
@@ -458,7 +462,7 @@ class Run:
     draws: int | None  # of the bootstrap
     spec: dict  # the other settings of the task, with its defaults
 
-# %% ../nbs/82_protocol.ipynb #1f09fda9
+# %% ../nbs/82_protocol.ipynb #81782e45
 def read_protocol(
     config,  # .toml, .yaml or .json file, or a dict
 ) -> dict:
@@ -490,7 +494,7 @@ def _task(t, c, file):
     t["store"] = pick(t["store"] or next(iter(c["stores"])), c["stores"], "store", file)
     return t
 
-# %% ../nbs/82_protocol.ipynb #ca120544
+# %% ../nbs/82_protocol.ipynb #f045d3a9
 def plan(
     config,  # see `read_protocol`
     only: list | None = None,  # names of tasks; None: all
@@ -509,7 +513,7 @@ def plan(
                 runs.append(Run(str(c["stores"][t["store"]]), t["task"], k, *source(k, c["encoders"], s), mode, f / 100, s, *last))
     return runs
 
-# %% ../nbs/82_protocol.ipynb #5a181e05
+# %% ../nbs/82_protocol.ipynb #cb4f801b
 NO_ENCODER = dict(probe="Name one in [encoders].", finetune="Name a file of `export_encoder` in [encoders].", scratch='Give random = "random" in [encoders].')
 
 
@@ -547,7 +551,7 @@ def _file(path, seed):
     if not Path(path).exists(): raise DataError("there is no such encoder file", path, fix="Pre-train it, or mend the name in [encoders].")
     return path
 
-# %% ../nbs/82_protocol.ipynb #ce8ca91d
+# %% ../nbs/82_protocol.ipynb #295a427c
 def learner_class(
     task: str,  # of `TASKS`
 ):
@@ -577,7 +581,7 @@ def open_source(
         return create_encoder(**{"name": run.source["name"], **run.source}, modalities={m: store.modalities[m] for m in names},
                               anchor=store.anchor if store.anchor in names else names[0])
 
-# %% ../nbs/82_protocol.ipynb #e2f12238
+# %% ../nbs/82_protocol.ipynb #6a700993
 def make_learner(
     run: Run,  # what is asked for
 ):
@@ -600,7 +604,7 @@ def headline(
     model = learn.task_model
     return pick(metric, model.metric().compute(), f"metric of {model.task}") if metric else model.headline
 
-# %% ../nbs/82_protocol.ipynb #778e20ea
+# %% ../nbs/82_protocol.ipynb #7a8060f6
 @lru_cache(None)
 def digest(
     path: str,  # file, or store
@@ -623,7 +627,7 @@ def run_key(
     if run.like: d["like"] = {k: v for k, v in read_header(run.like).items() if k not in ("config", "package")}
     return hashlib.sha256(json.dumps(plain(d), sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/82_protocol.ipynb #8adfe66c
+# %% ../nbs/82_protocol.ipynb #b065f0ba
 @lru_cache(None)
 def commit() -> str:  # '' outside of git; '+dirty' behind it where files differ
     "The commit of this package's files"
@@ -643,7 +647,7 @@ def machine() -> str:
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{cpu}, {os.cpu_count()} cores, torch {torch.__version__}{gpu}"
 
-# %% ../nbs/82_protocol.ipynb #81782e45
+# %% ../nbs/82_protocol.ipynb #6c77f6f8
 def forget_peak():
     "The peak of memory starts anew, where the system can"
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
@@ -663,7 +667,7 @@ def perhaps_cached(
             except DataError: pass
         yield
 
-# %% ../nbs/82_protocol.ipynb #f045d3a9
+# %% ../nbs/82_protocol.ipynb #9e8a8135
 def run_row(
     run: Run,  # what is asked for
 ) -> dict:  # column -> value
@@ -682,7 +686,7 @@ def run_row(
                         n=len(learn.dls.train.dataset), metric=metric, value=scores[metric], lo=lo, hi=hi, scores=json.dumps(scores),
                         seconds=round(time.perf_counter() - start, 2), memory=peak_memory())
 
-# %% ../nbs/82_protocol.ipynb #cb4f801b
+# %% ../nbs/82_protocol.ipynb #48d1f9f5
 def evaluate(
     config,  # .toml, .yaml or .json file, or a dict: see above
     out,  # CSV file; rows that are there stay
@@ -718,7 +722,7 @@ def _at_once(todo, out, bar, processes):
 
 def _in_child(run, out): return append_row(out, run_row(run))
 
-# %% ../nbs/82_protocol.ipynb #7a8060f6
+# %% ../nbs/82_protocol.ipynb #7a55703b
 BY = ("store", "task", "target", "decoder", "setting", "mode", "labels", "encoder")  # what tells rows apart, beside the seed
 LOWER = ("RMSE", "MAE", "AbsRel")  # the less the better
 
@@ -748,7 +752,7 @@ def means(
             raise DataError(f"{len(part)} rows of one seed differ in {differ or 'nothing but their settings'}", fix=f"Group by {differ[:1]} too.")
     return summarize(rows, [*by, "metric"], ("value",))
 
-# %% ../nbs/82_protocol.ipynb #b48a7ef7
+# %% ../nbs/82_protocol.ipynb #ad194705
 def differences(
     rows: pd.DataFrame,  # of `newest`
     by=BY,  # columns that tell groups apart, `encoder` among them
@@ -775,7 +779,7 @@ def _compared(a, b, lower):
     mean, lo, hi = mean_interval(both) if len(both) else (math.nan,) * 3
     return {"difference": x - y, "verdict": apart, "paired": mean, "paired lo": lo, "paired hi": hi, "pairs": len(both)}
 
-# %% ../nbs/82_protocol.ipynb #b065f0ba
+# %% ../nbs/82_protocol.ipynb #f4111caa
 def as_text(
     table: pd.DataFrame,  # of `means` or `differences`
     format: str = "text",  # or 'markdown'
