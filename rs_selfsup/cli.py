@@ -496,9 +496,9 @@ def _add_probe(commands):
     return p
 
 # %% ../nbs/95_cli.ipynb #7ce820d2
-TASKS = ("segmentation", "height", "change", "classification")
-TASK_CONFIG = ("store", "task", "encoder", "target", "mode", "decoder", "modalities", "label_fraction", "patch_size", "crop", "epochs", "bs", "lr", "warmup",
-               "accumulate", "precision", "workers", "threads", "save_every", "keep", "tensorboard", "seed", "split", "settings")
+TASKS = ("segmentation", "height", "change", "classification", "detection")
+TASK_CONFIG = ("store", "task", "encoder", "target", "mode", "decoder", "detector", "modalities", "label_fraction", "patch_size", "crop", "epochs", "bs", "lr",
+               "warmup", "accumulate", "precision", "workers", "threads", "save_every", "keep", "tensorboard", "seed", "split", "settings")
 
 
 def finetune(args):
@@ -512,14 +512,15 @@ def finetune(args):
 def _add_finetune(commands):
     example = "store run --task segmentation --encoder pre/encoder_all.safetensors --target landcover --decoder fpn --mode finetune"
     p = _command(commands, "finetune", finetune, "a head for a task, with the encoder frozen or trained too", example)
-    p.add_argument("store", type=Path, help="tile store with labels or a dense target")
+    p.add_argument("store", type=Path, help="tile store with labels, a dense target or boxes")
     p.add_argument("out", type=Path, help="folder of the run")
     p.add_argument("--task", choices=TASKS, default="segmentation", help="what is learned; each has a page of its own")
     p.add_argument("--encoder", default="vit_small_patch16_224", help="file from pretrain or export; or a timm name: from scratch")
-    p.add_argument("--target", help="name of the dense target (default: the only one of the task's kind; classification: the tiles' label)")
+    p.add_argument("--target", help="name of the target (default: the only one of the task's kind; classification: the tiles' label)")
     p.add_argument("--mode", choices=["probe", "finetune"], default="probe", help="leave the encoder as it is, or train it too")
     p.add_argument("--decoder", choices=["linear", "fpn", "upernet", "dpt", "attention"], default="linear",
                    help="from the encoder's maps to pixels; classification: linear or attention")
+    p.add_argument("--detector", choices=["fcos", "retinanet", "fasterrcnn"], default="fcos", help="detection: in place of the decoder; turned boxes need fcos")
     p.add_argument("--modalities", nargs="+", help="which of the encoder's (default: all that the store has)")
     p.add_argument("--label-fraction", type=float, default=100, help="share of the training tiles in percent")
     p.add_argument("--patch-size", type=int, help="of an encoder given by name, anchor pixels")
@@ -542,11 +543,14 @@ def task_learner(
     "The Learner a config of `finetune` describes."
     from rs_selfsup.downstream.change import ChangeLearner
     from rs_selfsup.downstream.classification import ClassificationLearner
+    from rs_selfsup.downstream.detection import DetectionLearner
     from rs_selfsup.downstream.height import HeightLearner
     from rs_selfsup.downstream.segmentation import SegmentationLearner
 
-    make = dict(segmentation=SegmentationLearner, height=HeightLearner, change=ChangeLearner, classification=ClassificationLearner)[config["task"]]
+    dense = dict(segmentation=SegmentationLearner, height=HeightLearner, change=ChangeLearner)
+    make = {**dense, "classification": ClassificationLearner, "detection": DetectionLearner}[config["task"]]
     same = {k: config[k] for k in ("target", "mode", "decoder", "modalities", "patch_size", "seed")}
+    if make is DetectionLearner: same["decoder"] = config["detector"]
     return in_precision(make(loaders(config), config["encoder"], label_fraction=config["label_fraction"] / 100, **same, **config["settings"]), config)
 
 
@@ -570,7 +574,8 @@ def run_task(
     save_figure(learn.show_results(c["split"]), out / "results.png")
     save_figure(plot_curves(out / "checkpoints"), out / "curves.png")
     print(f"{c['split']}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items() if "/" not in k))
-    print(f"model:   {out / 'model.safetensors'}, picture {out / 'results.png'}\nnext:    rs-selfsup predict {out / 'model.safetensors'} scenes.yaml map.tif")
+    file, result = out / "model.safetensors", "boxes.gpkg" if model.task == "detection" else "map.tif"
+    print(f"model:   {file}, picture {out / 'results.png'}\nnext:    rs-selfsup predict {file} scenes.yaml {result}")
     return learn
 
 # %% ../nbs/95_cli.ipynb #48a64743
@@ -578,10 +583,16 @@ def predict(args):
     "`rs-selfsup predict`: a map of a whole scene."
     from rs_selfsup.downstream.core import load_model
     from rs_selfsup.inference import polygons, predict_scene
+    from rs_selfsup.inference_boxes import detect_scene
 
     model = load_model(args.model)
     scene, second, scenes = find_scene(args.scene, model, args.name, args.second)
-    same = dict(window=args.window, overlap=args.overlap, bs=args.bs, probabilities=args.probabilities, resume=not args.fresh)
+    same = dict(window=args.window, overlap=args.overlap, bs=args.bs)
+    if model.task == "detection":
+        for name in ("probabilities", "polygons"):
+            if getattr(args, name): raise DataError(f"--{name} with a detection model", fix="Leave it out: its boxes are polygons with scores already.")
+        return print(detect_scene(model, scene, args.out, scenes=scenes, least=args.least, device=args.device, **same))
+    same |= dict(probabilities=args.probabilities, resume=not args.fresh)
     done = predict_scene(model, scene, args.out, scene2=second, scenes=scenes, device=args.device, **same)
     print(done)
     if args.polygons: print(polygons(args.out, args.polygons))
@@ -618,7 +629,7 @@ def _add_predict(commands):
     p = _command(commands, "predict", predict, "map a whole scene with a model of finetune", example)
     p.add_argument("model", type=Path, help="model.safetensors of finetune")
     p.add_argument("scene", nargs="+", help="scene file; or NAME=FILE for each modality")
-    p.add_argument("out", type=Path, help="GeoTIFF to write; a killed run goes on when it is started again")
+    p.add_argument("out", type=Path, help="GeoTIFF to write (detection: .gpkg); a killed map goes on when it is started again")
     p.add_argument("--name", help="which scene of the file (default: the only one)")
     p.add_argument("--second", nargs="+", metavar="DATE", help="change: second date, a name in the scene file, or NAME=FILE (default: rgb_t2 of the scene)")
     p.add_argument("--window", type=int, help="side of a window in anchor pixels (default: the tile it was trained on)")
@@ -626,6 +637,7 @@ def _add_predict(commands):
     p.add_argument("--bs", type=int, default=16, help="windows per batch")
     p.add_argument("--probabilities", action="store_true", help="write them beside the map")
     p.add_argument("--polygons", type=Path, help="also as vectors, .gpkg")
+    p.add_argument("--least", type=float, default=0.3, help="detection: score from which on a box is written")
     p.add_argument("--fresh", action="store_true", help="do not go on with a half-finished map")
     p.add_argument("--device", help="cpu, cuda, ... (default: cpu)")
     return p

@@ -50,7 +50,8 @@ class RecipeFile:
 
 # %% ../nbs/16_recipes.ipynb #c8866c9a
 TASKS = ("pretraining", "classification", "segmentation", "height", "change", "detection")
-METRICS = ("OA", "AA", "macro F1", "micro F1", "mAP", "mIoU", "mF1", "F1", "IoU", "SeK", "kappa", "AP50", "AP50:95", "rotated AP50", "RMSE", "MAE", "AbsRel", "delta1")
+METRICS = ("OA", "AA", "macro F1", "micro F1", "mAP", "mIoU", "mF1", "F1", "IoU", "SeK", "kappa")  # of classes
+METRICS += ("AP50", "AP50:95", "rotated AP50", "RMSE", "MAE", "AbsRel", "delta1")  # of boxes and of heights
 
 
 @dataclass
@@ -134,7 +135,8 @@ def _check_words(d, file):  # everything but files and scenes
     if len(shares) != 3 or abs(sum(shares) - 1) > 1e-6: raise DataError(f"splits.shares {shares} are no shares of train, val, test", file, fix="They sum to 1.")
     for u in d.get("unverified") or []:
         key = str(u).split(":")[0]
-        if ": " not in str(u) or key.split(".")[0] not in d: raise DataError(f"unverified: '{u}' names no key of the recipe", file, fix="Write 'files.md5: not published'.")
+        if ": " not in str(u) or key.split(".")[0] not in d:
+            raise DataError(f"unverified: '{u}' names no key of the recipe", file, fix="Write 'files.md5: not published'.")
 
 # %% ../nbs/16_recipes.ipynb #02542e68
 def _file(f, d, file):  # an entry of files
@@ -262,11 +264,16 @@ def _get(f, part, progress, timeout):
         if r.status != 206: start = 0
         length = r.headers.get("Content-Length")
         total = start + int(length) if length else None
-        if f.size and total and total != f.size: raise DataError(f"the server offers {total} bytes, the recipe says {f.size}", f.url, fix="The file has changed: report it, or fetch it by hand.")
+        _expected(f, total)
         if total: _room(part.parent, total - start, f.name)
         tag = r.headers.get("ETag") or r.headers.get("Last-Modified")
         if tag and not tag.startswith("W/"): mark.write_text(tag)
         _copy(r, part, start, total, f.name, progress)
+
+
+def _expected(f, total):
+    if f.size and total and total != f.size:
+        raise DataError(f"the server offers {total} bytes, the recipe says {f.size}", f.url, fix="The file has changed at its source: please report it.")
 
 
 def _copy(r, part, start, total, name, progress):
@@ -288,7 +295,7 @@ def verify(
         want = getattr(f, kind)
         if not want: continue
         with open(path, "rb") as o: have = hashlib.file_digest(o, kind).hexdigest()
-        if have != want: raise DataError(f"the {kind} is {have}, the recipe says {want}", path, fix="Delete it and fetch it again; if that does not help, the file has changed at its source.")
+        if have != want: raise DataError(f"the {kind} is {have}, the recipe says {want}", path, fix="Fetch it again; or it has changed at its source.")
         break
     return Path(path)
 
@@ -321,10 +328,11 @@ def _write_all(archive, tmp, limit):
         path = _safe(name, archive)
         if path is None: continue
         if folder: (tmp / path).mkdir(parents=True, exist_ok=True); continue
-        if not plain: raise DataError(f"the entry '{name}' is a link or a device", archive, fix="Do not use this archive, or unpack it by hand.")
+        if not plain: raise DataError(f"the entry '{name}' is a link or a device", archive, fix="Unpack it by hand, if at all.")
         total, n = total + size, n + 1
         if total > limit or n > MOST_FILES:
-            raise DataError(f"it holds more than it claims: over {_bytes(limit)} or {MOST_FILES} files", archive, fix="Do not use this archive: it may be made to fill the disk.")
+            problem = f"it holds more than it claims: over {_bytes(limit)} or {MOST_FILES} files"
+            raise DataError(problem, archive, fix="Do not use it: it may be made to fill the disk.")
         _room(tmp, size, f"unpacking {archive.name}")
         (tmp / path).parent.mkdir(parents=True, exist_ok=True)
         with opened() as src, open(tmp / path, "wb") as out: shutil.copyfileobj(src, out, BLOCK)
@@ -339,7 +347,8 @@ def unpack(
 ) -> int:  # files
     "Unpack all of an archive, or nothing"
     archive, folder = Path(archive), Path(folder)
-    if archive.suffix.lower() == ".zip" and not zipfile.is_zipfile(archive): raise DataError("this is no zip archive, or it is cut short", archive, fix="Fetch it again.")
+    if archive.suffix.lower() == ".zip" and not zipfile.is_zipfile(archive):
+        raise DataError("this is no zip archive, or it is cut short", archive, fix="Fetch it again.")
     limit = int(1.01 * unpacked) if unpacked else max(MOST_RATIO * archive.stat().st_size, SMALL)
     folder.mkdir(parents=True, exist_ok=True)
     tmp = folder / f".unpacking-{archive.name}"
@@ -381,7 +390,8 @@ def accept(
     print(f"{r.title}\n  licence: {r.licence['name']}\n  terms:   {r.licence['terms']}\n  {r.licence.get('url') or r.source.get('page') or ''}")
     if said: return
     if ask is None and not os.isatty(0): raise DataError("the licence is not accepted", fix="Read it, then add --accept-licence.")
-    if (ask or input)("Do you accept these terms? [y/N] ").strip().lower() not in ("y", "yes"): raise DataError("the licence is not accepted, nothing was fetched")
+    answer = (ask or input)("Do you accept these terms? [y/N] ")
+    if answer.strip().lower() not in ("y", "yes"): raise DataError("the licence is not accepted, nothing was fetched")
 
 # %% ../nbs/16_recipes.ipynb #5939b054
 def fetch(
@@ -399,7 +409,8 @@ def fetch(
     accept(r, accepted, ask)
     root.mkdir(parents=True, exist_ok=True)
     lacking = [f.name for f in todo if not f.url and not _by_hand(root, f)]
-    if lacking: raise DataError(f"to be fetched by hand: {', '.join(lacking)}", root, fix=f"{r.source.get('by_hand') or r.source.get('page')} Put them into {root / 'archives'}.")
+    how = f"{r.source.get('by_hand') or r.source.get('page')} Put them into {root / 'archives'}."
+    if lacking: raise DataError(f"to be fetched by hand: {', '.join(lacking)}", root, fix=how)
     _room(root, sum((0 if _by_hand(root, f) else f.size or 0) + (f.unpacked or 0) for f in todo), r.title)
     for f in todo: _fetch_one(root, f, keep, progress)
     return root
@@ -435,7 +446,8 @@ def find_layout(
         try: return name, load_scenes({k: v for k, v in r.scenes[name].items() if k not in ("about", "example")}, root)
         except DataError as e: why[name] = e
     if len(why) == 1: raise next(iter(why.values()))
-    raise DataError(f"no layout of {r.name} is here; " + "; ".join(f"{k}: {e.problem}" for k, e in why.items()), root, fix="Name one with --layout to see its error in full.")
+    reasons = "; ".join(f"{k}: {e.problem}" for k, e in why.items())
+    raise DataError(f"no layout of {r.name} is here; {reasons}", root, fix="Name one with --layout to see its error in full.")
 
 # %% ../nbs/16_recipes.ipynb #b9130bc7
 def check_scenes(
@@ -477,28 +489,35 @@ def _band_words(m):  # 'red, green, blue (DN8), 0.5 m'
     return f"{', '.join(names)} ({', '.join(dict.fromkeys(m.units))}), {m.gsd:g} m"
 
 
+def _code(v, palette):  # a stored value, or several, in words
+    if not isinstance(v, list): return f"#{v:06x}" if palette else str(v)
+    return f"{v[0]} to {v[-1]}" if len(v) > 2 and v == list(range(v[0], v[-1] + 1)) else " and ".join(_code(x, palette) for x in v)
+
+
 def _layout_lines(name, block):
     out = ["", f"### Layout `{name}`", "", *([block["about"], ""] if block.get("about") else []), "| modality or target | what |", "|---|---|"]
     for k, v in block["modalities"].items(): out.append(f"| {k} | {_band_words(parse_modality(k, v))} |")
     for k, v in (block.get("targets") or {}).items():
         t = parse_target(k, v)
-        what = ", ".join(f"{c} ({'#%06x' % v if t.palette else v})" for c, v in zip(t.classes, t.values)) or t.unit
-        out.append(f"| {k} | {t.kind}: {what} |")
+        codes = [f" ({_code(v, t.palette)})" if t.kind == "mask" else "" for v in t.values or [0] * len(t.classes)]
+        out.append(f"| {k} | {t.kind}: {', '.join(c + v for c, v in zip(t.classes, codes)) or t.unit} |")
     if block.get("classes"): out += ["", f"Classes: {', '.join(map(str, block['classes']))}"]
     return out
 
-
+# %% ../nbs/16_recipes.ipynb #26daa66d
 def recipe_page(
     r: Recipe,  # to show
 ) -> str:  # markdown
     "All facts of a recipe"
     how = [f"- `{f.name}`" + (f" ({_bytes(f.size)})" if f.size else "") + (f", {f.url}" if f.url else ", by hand") for f in r.files]
     if r.source.get("by_hand"): how += ["", r.source["by_hand"]]
-    out = [f"# {r.title}", "", r.summary, "", f"- Tasks: {', '.join(r.tasks)}; metrics: {', '.join(r.metrics)}", f"- Licence: {r.licence['name']}: {r.licence['terms']}",
-           f"- Citation: {r.citation}", f"- Page: {r.source.get('page') or 'none'}", "", "## How to get it", "", *how, "", "## What lies where", "", r.layout.strip()]
+    facts = [f"Tasks: {', '.join(r.tasks)}; metrics: {', '.join(r.metrics)}", f"Licence: {r.licence['name']}: {r.licence['terms']}"]
+    facts += [f"Citation: {r.citation}", f"Page: {r.source.get('page') or 'none'}"]
+    out = [f"# {r.title}", "", r.summary, "", *(f"- {f}" for f in facts), "", "## How to get it", "", *how, "", "## What lies where", "", r.layout.strip()]
     for name, block in r.scenes.items(): out += _layout_lines(name, block)
     shares = r.splits.get("shares")
-    out += ["", "## Splits", "", r.splits["about"] + (f" Shares of what is dealt: {', '.join(map(str, shares))}; seed {r.splits.get('seed', 0)}." if shares else "")]
+    dealt = f" Shares of what is dealt: {', '.join(map(str, shares))}; seed {r.splits.get('seed', 0)}." if shares else ""
+    out += ["", "## Splits", "", r.splits["about"] + dealt]
     for title, lines in (("To know", r.quirks), ("Read from", r.checked), ("Not verified", r.unverified)):
         if lines: out += ["", f"## {title}", "", *(f"- {l}" for l in lines)]
     return "\n".join(out) + "\n"

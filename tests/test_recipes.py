@@ -125,7 +125,7 @@ def small_copy(block, root, kind=""):
             gsd = mods[name].gsd if name in mods else mods[block["anchor"]].gsd
             write(path, x, gsd if ex.get("georeferenced") else None, 10_000 * k)
     splits = block.get("splits") or {}
-    for k, (part, path) in enumerate((splits.get("lists") or {}).items()):
+    for k, path in enumerate((splits.get("lists") or {}).values()):
         entries = [splits.get("pattern", block["discover"].get("scene", "{scene}")).format(**w) for w in ex["words"][k :: len(splits["lists"])]]
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text("\n".join(entries) + "\n")
@@ -183,7 +183,8 @@ def test_prepare_on_a_small_copy(name, layout, tmp_path):
         for t, f in scenes[s].targets.items():
             if scenes.targets[t].kind == "boxes":
                 box = np.asarray(batch["targets"][t][i])
-                assert box.shape[0] == 1 and box[0, 0] == 0 and np.allclose(sorted(box[0, 1:5]), sorted([(4 + n // 2) / 2, n // 4 + 5, n // 2 - 4, n // 2 - 2]), atol=0.6)
+                middle_and_size = [(4 + n // 2) / 2, n // 4 + 5, n // 2 - 4, n // 2 - 2]
+                assert box.shape[0] == 1 and box[0, 0] == 0 and np.allclose(sorted(box[0, 1:5]), sorted(middle_and_size), atol=0.6)
             if scenes.targets[t].kind == "mask":
                 same_classes(batch["targets"][t][i], arrays[Path(f.path)], scenes.targets[t], f)
 

@@ -189,7 +189,8 @@ def _amount_of(name, d, file):
     scale, offset = d.get('scale', 1.), d.get('offset', 0.)
     for k, v in dict(scale=scale, offset=offset).items():
         if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v) or (k == 'scale' and v == 0):
-            raise DataError(f"target '{name}': {k} is {v!r}", file, fix=f"Write a number{' other than 0' if k == 'scale' else ''}: value = stored*scale + offset.")
+            other = ' other than 0' if k == 'scale' else ''
+            raise DataError(f"target '{name}': {k} is {v!r}", file, fix=f"Write a number{other}: value = stored*scale + offset.")
     length = d['unit'] in LENGTHS
     return 'metre' if length else d['unit'], scale, offset, LENGTHS[d['unit']] if length else 1.
 
@@ -1367,7 +1368,7 @@ def boxes(self:SceneReader,
 @patch
 def _place_boxes(self:SceneReader, f, spec): # read a file and put its boxes on the grid
     if f is None: return None
-    _exists(f.path)
+    if not f.path.endswith('.txt') or not Path(f.path).is_file(): _exists(f.path)    # an empty text file says that there is nothing
     found, to_pixels = self._found(f, spec)
     if found is None: return None
     s = self.first
@@ -1394,8 +1395,10 @@ def _found(self:SceneReader, f, spec): # (annotations, how their coordinates bec
 @patch
 def _georeferenced(self:SceneReader, f, declared, pixels): # how coordinates of a GeoJSON file become anchor pixels
     if not self.first.placed: return pixels
-    try: crs = CRS.from_user_input(f.crs or declared or 'EPSG:4326')
-    except RasterioError as e: raise DataError(f'its projection {f.crs or declared!r} is not known ({_last(e)})', f.path, fix='Write crs: EPSG:... at the file.') from None
+    said = f.crs or declared or 'EPSG:4326'
+    try: crs = CRS.from_user_input(said)
+    except RasterioError as e:
+        raise DataError(f"its projection '{said}' is not known ({_last(e)})", f.path, fix='Write crs: EPSG:... at the file.') from None
     def convert(p):
         x, y = p.T
         if self.crs is not None and crs != self.crs:

@@ -183,7 +183,7 @@ def store_classes(
     classes, parts, what = store.classes if target is None else store.targets[target].classes, [], target or "label"
     for at in range(0, len(ids), bs):
         some = ids[at : at + bs]
-        t = torch.from_numpy(np.asarray(store.index["label"].to_numpy()[some] if target is None else store.read(some)["targets"][target], np.int64))
+        t = torch.from_numpy(np.asarray(store.index.set_index("tile").loc[some, "label"] if target is None else store.read(some)["targets"][target], np.int64))
         try: check_classes(t, len(classes), -1 if target is None else IGNORE)
         except DataError as e: raise DataError(f"target {what!r}: {e.problem}", store.path, fix=e.fix) from e
         parts.append(t if target is None else tile_classes(t, len(classes), present, multilabel))

@@ -149,18 +149,6 @@ def seen(
 
 
 @patch
-def truth(
-    self: TaskModel,
-    batch: Batch,  # with targets
-    target: str,  # name of one
-) -> Tensor:  # (B, H, W): 255 or NaN where nothing is known or no sensor has data
-    "The dense target"
-    t, seen = batch.targets[target], self.seen(batch)
-    t = t.float() if self.kind == "regression" else t.long()
-    return t if seen is None else t.masked_fill(~seen, float("nan") if self.kind == "regression" else IGNORE)
-
-
-@patch
 def predict(
     self: TaskModel,
     batch: Batch,  # normalised

@@ -12,7 +12,8 @@ from fastai.torch_core import to_float
 from fastcore.basics import patch
 from torch import Tensor
 
-from .core import MODELS, TaskLearner, TaskModel, _images, few_labels, find_target
+from ..data.boxes import UNKNOWN
+from .core import MODELS, TaskLearner, TaskModel, _images, few_labels
 from .segmentation import PALETTE
 from ..heads.detection import DETECTORS, around, box_corners, create_detector, inside, true_boxes
 from ..metrics import DetectionMetrics, rotated_iou
@@ -47,7 +48,7 @@ class DetectionModel(TaskModel):
         return create_detector(decoder, dims, [s * scale for s in f.strides], outputs, **kw)
 
     @classmethod
-    def create(cls, encoder, normalize, spec, **kw):
+    def create(cls, encoder, normalize, spec, empty=None, **kw):
         "Classes and colours from the target's description"
         if not spec.classes: raise DataError("boxes without class names", fix="Give the target's classes in the scene file.")
         colors = list(spec.colors or ()) or [PALETTE[i % len(PALETTE)] for i in range(len(spec.classes))]
@@ -120,6 +121,27 @@ def score(self: DetectionModel, metric, out: list, target: Tensor):
     metric.update(pred, true)
 
 # %% ../../nbs/80_downstream.detection.ipynb #ed4be4f7
+@patch(cls_method=True)
+def teaching(
+    cls: DetectionModel,
+    store,  # `TileStore`
+    target: str,  # name of a target of boxes
+    ids: np.ndarray,  # (n,) training tiles
+    kw: dict,  # the model's own settings: `empty`
+) -> tuple:  # (m,) ids, (m,) the rarest class of each, for few labels
+    "Tiles whose boxes are known, of those without a box as many as wanted"
+    label = store.boxes(target, ids)[..., 0]
+    classes, empty = len(store.targets[target].classes), kw.get("empty")
+    there = np.stack([(label == c).any(1) for c in range(classes)], 1)
+    some, blank = there.any(1), ~there.any(1) & (label[:, 0] != UNKNOWN)
+    if empty is not None:
+        drawn = np.random.default_rng(kw.get("seed", 0)).permutation(np.flatnonzero(blank))[round(empty * some.sum()) :]
+        blank[drawn] = False
+    rarest = np.where(there, there.sum(0), len(ids) + 1).argmin(1)
+    keep = some | blank
+    return ids[keep], np.where(some, rarest, classes)[keep]
+
+
 def survey_boxes(
     store,  # `TileStore`
     target: str,  # name of a target of boxes
@@ -153,12 +175,15 @@ class DetectionLearner(TaskLearner):
         target: str | None = None,  # target of boxes; None: the only one
         detector: str = "fcos",  # or 'retinanet', 'fasterrcnn'
         rotated: bool | None = None,  # boxes with an angle; None: with 'fcos', where the store's boxes have one
+        decoder: str | None = None,  # the detector under the name that other tasks have for it; None: `detector`
+        empty: float | None = None,  # training tiles without a box for each with one, drawn once; None: all
         **kw,  # of `TaskLearner`, the model (weights) and the detector (width, score, nms, most, sizes, ...)
     ):
-        store, name = dls.store, find_target(dls.store, "boxes", target)
-        pick(detector, DETECTORS, "detector")
-        share, ids = kw.get("label_fraction", 1.0), dls.train.dataset.ids
-        found = survey_boxes(store, name, ids if share >= 1 else few_labels(store, ids, share, kw.get("seed", 0)))
+        cls, store, share, seed = self.model_class, dls.store, kw.get("label_fraction", 1.0), kw.get("seed", 0)
+        detector, name = pick(decoder or detector, DETECTORS, "detector"), cls.find(store, target, kw)[0]
+        kw["empty"] = empty
+        ids, y = cls.teaching(store, name, dls.train.dataset.ids, kw)
+        found = survey_boxes(store, name, ids if share >= 1 else few_labels(store, ids, share, seed, y))
         if rotated is None: rotated = bool(store.targets[name].rotated) and detector == "fcos"
         if detector != "fcos" and "sizes" not in kw:
             kw["sizes"] = [round(float(s), 1) for s in np.quantile(found["sides"], [0.1, 0.37, 0.63, 0.9])]

@@ -41,7 +41,8 @@ class HeightModel(TaskModel):
     def create(cls, encoder, normalize, spec, **kw):
         "A target in metres"
         if spec.unit not in ("metre", "m", "metres"):
-            raise DataError(f"a height target in {spec.unit or 'no unit'}", fix="Write the length it is stored in (`unit: metre`, `centimetre`, `foot`) and its scale; a store then holds metres.")
+            fix = "Write the length it is stored in (`unit: metre`, `centimetre`, `foot`) and its scale; a store then holds metres."
+            raise DataError(f"a height target in {spec.unit or 'no unit'}", fix=fix)
         return cls(encoder, normalize, 1, unit="m", **kw)
 
     def forward(self, batch) -> Tensor:  # (B, 1, H, W) metres

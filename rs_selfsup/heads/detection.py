@@ -101,15 +101,21 @@ def nms_rotated(
     scores: Tensor,  # (N,)
     labels: Tensor,  # (N,) integers: boxes of different classes do not meet
     threshold: float,  # IoU from which on the lower score goes
+    most: int = 10**9,  # that stay
 ) -> Tensor:  # (K,) int64, from the highest score down
     "Which boxes stay"
     order = scores.argsort(descending=True, stable=True)
     b = boxes[order].detach().cpu().double().numpy().copy()
     if len(b): b[:, 0] += labels[order].cpu().numpy() * (2 * (np.abs(b[:, :2]).max() + b[:, 2:4].max()) + 1)
-    iou, keep = rotated_iou(b, b), np.ones(len(b), bool)
-    for i in range(len(b)):
-        if keep[i]: keep[i + 1 :] &= iou[i, i + 1 :] <= threshold
-    return order[torch.from_numpy(keep).to(order.device)]
+    alive, keep = np.ones(len(b), bool), []
+    for i in range(0, len(b), 16):  # a few at a time: their overlaps with all that are left
+        some, left = i + np.flatnonzero(alive[i : i + 16]), i + np.flatnonzero(alive[i:])
+        for k, iou in zip(some, rotated_iou(b[some], b[left])):
+            if alive[k]:
+                keep.append(k)
+                alive[left[(iou > threshold) & (left > k)]] = False
+        if len(keep) >= most: break
+    return order[torch.tensor(keep[:most], dtype=torch.long, device=order.device)]
 
 # %% ../../nbs/73_heads.detection.ipynb #f4afadc8
 class DetectionPyramid(nn.Module):
@@ -494,7 +500,7 @@ def detect(self: RotatedFCOS, out: dict) -> list:  # noqa: F811 - a dict for eac
         boxes = normal_form(torch.cat([xy, wh, torch.atan2(turn[:, 1:], turn[:, :1]) / 2], 1))
         there = ((xy >= 0) & (xy <= xy.new_tensor([W, H])) & (wh > 0.01)).all(1)
         boxes, top, label = boxes[there], top[: len(i)][there], label[there]
-        keep = nms_rotated(boxes, top, label, self.nms)[: self.most]
+        keep = nms_rotated(boxes, top, label, self.nms, self.most)
         found.append(dict(boxes=boxes[keep], scores=top[keep], labels=label[keep]))
     return found
 
