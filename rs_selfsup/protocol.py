@@ -115,7 +115,7 @@ class CachedTiles(TileReader):
         model, self.learn, self.at = learn.task_model, learn, np.sort(self.ids)
         if not model.frozen: raise DataError("maps of an encoder that learns do not stay the same", fix="Cache them with mode='probe'.")
         self.names, self.last = model.features.modalities, getattr(model.head, "levels", None)
-        self.rows, self.kept, self.parts, self.folder, self.limit, self.dtype = 0, {}, [], folder, limit, dtype
+        self.rows, self.kept, self.forms, self.parts, self.folder, self.limit, self.dtype = 0, {}, {}, [], folder, limit, dtype
         batches = type(learn).tiles(learn, None, bs, self.at)
         was, encode = model.training, model.maps
         model.eval()
@@ -135,33 +135,34 @@ def hear(
     self: CachedTiles,
     asked: Batch,  # what the model wants maps of
     batch: Batch,  # the whole batch
-    maps: list,  # (B, D, h, w) each, or tuples of tensors, as `Tokens`: what it gets
+    maps: list,  # (B, D, h, w), or tuples of tensors: what it gets
 ) -> list:
     "Keep the maps of a batch"
     images = {id(x): k for k, x in batch.images.items()}
     key = tuple(images.get(id(asked.images[m])) for m in self.names)
     if None in key: raise DataError("the model changes its images before it encodes them", fix="Train it without a cache.")
-    part, self.form = tree_flatten(maps[-self.last :] if isinstance(self.last, int) else maps)
-    self.there, part = [y is not None for y in part], [y for y in part if y is not None]
-    if any(y.abs().amax() > torch.finfo(self.dtype).max for y in part): raise DataError("maps beyond the range of float16", fix="Use dtype=torch.float32.")
-    if key not in self.kept: self.kept[key] = self.room(part)
-    for to, y in zip(self.kept[key], part): to[self.rows : self.rows + len(y)] = y.to(self.dtype).cpu()
+    part = maps[-self.last :] if isinstance(self.last, int) else maps
+    tensors, form = tree_flatten(part)
+    if key not in self.kept: self.kept[key], self.forms[key] = self.room(tensors), form
+    for to, y in zip(self.kept[key], tensors):
+        if y is None: continue
+        if y.abs().amax() > torch.finfo(self.dtype).max: raise DataError("maps beyond the range of float16", fix="Use dtype=torch.float32.")
+        to[self.rows : self.rows + len(y)] = y.to(self.dtype).cpu()
     return maps
 
 
 @patch
 def room(
     self: CachedTiles,
-    part: list,  # maps of one batch
-) -> list:  # of `Tensor`
+    part: list,  # (B, ...) tensors of one batch, or None
+) -> list:  # of `Tensor` or None
     "Where the maps of all tiles go"
-    shapes = [(len(self), *y.shape[1:]) for y in part]
-    used = sum(y.numel() for kept in self.kept.values() for y in kept)
-    if self.dtype.itemsize * (used + sum(map(math.prod, shapes))) <= self.limit * 2**20: return [reserve(s, self.dtype) for s in shapes]
-    if self.folder is None:
-        self.temporary = tempfile.TemporaryDirectory(prefix="rs_selfsup_maps_")
-        self.folder = self.temporary.name
-    return [reserve(s, self.dtype, self.folder) for s in shapes]
+    shapes, folder = [y if y is None else (len(self), *y.shape[1:]) for y in part], None
+    used = sum(y.numel() for kept in self.kept.values() for y in kept if y is not None)
+    if self.dtype.itemsize * (used + sum(math.prod(s) for s in shapes if s)) > self.limit * 2**20:
+        if self.folder is None: self.temporary = tempfile.TemporaryDirectory(prefix="rs_selfsup_maps_")
+        folder = self.folder or self.temporary.name
+    return [s and reserve(s, self.dtype, folder) for s in shapes]
 
 
 @patch
@@ -224,11 +225,11 @@ def places(
 def maps(
     self: CachedTiles,
     batch: Batch,  # with blank images
-) -> list:  # (B, D, h, w) float32
+) -> list:  # (B, D, h, w) float32, in the form in which the encoder said it
     "What the encoder said"
     rows, images = self.places(batch.tile), [batch.images[m] for m in self.names]
-    known = iter(y[rows].to(images[0].device).float() for y in self.kept[tuple(i.modality for i in images)])
-    return tree_unflatten([next(known) if there else None for there in self.there], self.form)
+    key = tuple(i.modality for i in images)
+    return tree_unflatten([y if y is None else y[rows].to(images[0].device).float() for y in self.kept[key]], self.forms[key])
 
 # %% ../nbs/82_protocol.ipynb #49a0d427
 @contextmanager
