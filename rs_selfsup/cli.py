@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'CONFIG', 'STEP_COLUMNS', 'TASKS', 'TASK_CONFIG', 'read_config', 'parse_settings', 'layered',
-           'build_parser', 'synth', 'data', 'build', 'store_pictures', 'save_figure', 'pretrain', 'begin', 'learner',
+           'build_parser', 'synth', 'build', 'store_pictures', 'save_figure', 'data', 'pretrain', 'begin', 'learner',
            'loaders', 'in_precision', 'read_run', 'run', 'finish', 'plot_curves', 'load', 'embed', 'export', 'probe',
            'finetune', 'task_learner', 'run_task', 'predict', 'find_scene', 'compare', 'named_method', 'evaluate',
            'table', 'bench', 'demo', 'main']
@@ -126,57 +126,6 @@ def _add_synth(commands):
     p.add_argument("--workers", type=int, default=1, help="processes")
     return p
 
-# %% ../nbs/95_cli.ipynb #56d89b19
-def data(args):
-    "`rs-selfsup data`: the recipes of known datasets."
-    from rs_selfsup.recipes import fetch, list_recipes, load_recipe, recipe_page
-
-    if args.action == "list":
-        rows = [(r.name, "fetch" if any(f.url for f in r.files) else "by hand", ", ".join(r.tasks), r.title) for r in list_recipes()]
-        for row in [("NAME", "FILES", "TASKS", "TITLE"), *rows]: print(f"{row[0]:<24} {row[1]:<8} {row[2]:<34} {row[3]}")
-        return
-    if not args.name: raise DataError(f"data {args.action} needs a name", fix="`rs-selfsup data list` shows them.")
-    r = load_recipe(args.name)
-    if args.action == "show": return print(recipe_page(r))
-    if not args.root: raise DataError(f"data {args.action} needs --root", fix="Name the folder of the dataset: --root DIR.")
-    if args.action == "fetch":
-        fetch(r, args.root, args.accept_licence, keep=not args.remove_archives)
-        return print(f"fetched: {args.root}\nnext:    rs-selfsup data prepare {args.name} --root {args.root} --store STORE")
-    _prepare(r, args)
-
-# %% ../nbs/95_cli.ipynb #bdc6f4d0
-def _prepare(r, args):
-    from rs_selfsup.recipes import prepare
-
-    kw = {k: getattr(args, k) for k in ("layout", "tile", "splits", "seed")}
-    if args.store: kw |= dict(stride=args.stride, min_valid=args.min_valid, workers=args.workers)
-    layout, scenes, counts, store = prepare(r, args.root, args.store, **kw)
-    print(f"{r.title}, layout {layout}: {len(scenes)} scenes ({', '.join(f'{k} {n}' for k, n in counts.items())})")
-    for k, m in scenes.modalities.items(): print(f"  {k:<12} {m.n_bands} bands, {m.gsd:g} m, {sum(k in s.rasters for s in scenes)} scenes")
-    for k, t in scenes.targets.items(): print(f"  {k:<12} {t.kind}, {sum(k in s.targets for s in scenes)} scenes")
-    if store is None: return print(f"next:    rs-selfsup data prepare {args.name} --root {args.root} --store STORE")
-    store_pictures(store, args.store)
-    print((args.store / "report.md").read_text().split("\n## Scenes")[0])
-    print(f"store:    {args.store}\npictures: {args.store / 'tiles.png'}\nnext:     rs-selfsup pretrain {args.store} RUN")
-
-# %% ../nbs/95_cli.ipynb #551db478
-def _add_data(commands):
-    p = _command(commands, "data", data, "list, show, fetch and prepare known datasets", "prepare eurosat_rgb --root eurosat --store store")
-    p.add_argument("action", choices=["list", "show", "fetch", "prepare"], help="what to do")
-    p.add_argument("name", nargs="?", help="of a recipe, or path of a YAML file; not for list")
-    p.add_argument("--root", type=Path, help="folder of the dataset (fetch, prepare)")
-    p.add_argument("--accept-licence", action="store_true", help="the terms that `show` prints were read and are accepted (fetch)")
-    p.add_argument("--remove-archives", action="store_true", help="delete archives once they are unpacked (fetch)")
-    p.add_argument("--store", type=Path, help="tile store to build (prepare; default: only look)")
-    p.add_argument("--layout", help="of the recipe (prepare; default: the first that fits)")
-    p.add_argument("--tile", type=int, help="side of a tile in anchor pixels (prepare; default: the recipe's)")
-    p.add_argument("--stride", type=int, help="from tile to tile in anchor pixels (prepare; default: the tile)")
-    p.add_argument("--min-valid", type=float, default=0.5, help="least share of valid anchor pixels (prepare)")
-    p.add_argument("--splits", type=float, nargs=3, metavar=("TRAIN", "VAL", "TEST"), help="shares of scenes without a published split (default: the recipe's)")
-    p.add_argument("--seed", type=int, help="of the splits (prepare; default: the recipe's)")
-    p.add_argument("--workers", type=int, default=1, help="processes that read (prepare)")
-    return p
-
 # %% ../nbs/95_cli.ipynb #00000011
 def build(args):
     "`rs-selfsup build`: cut scenes into a tile store."
@@ -231,6 +180,57 @@ def save_figure(
 
     fig.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(fig)
+
+# %% ../nbs/95_cli.ipynb #56d89b19
+def data(args):
+    "`rs-selfsup data`: the recipes of known datasets."
+    from rs_selfsup.recipes import fetch, list_recipes, load_recipe, recipe_page
+
+    if args.action == "list":
+        rows = [(r.name, "fetch" if any(f.url for f in r.files) else "by hand", ", ".join(r.tasks), r.title) for r in list_recipes()]
+        for row in [("NAME", "FILES", "TASKS", "TITLE"), *rows]: print(f"{row[0]:<24} {row[1]:<8} {row[2]:<34} {row[3]}")
+        return
+    if not args.name: raise DataError(f"data {args.action} needs a name", fix="`rs-selfsup data list` shows them.")
+    r = load_recipe(args.name)
+    if args.action == "show": return print(recipe_page(r))
+    if not args.root: raise DataError(f"data {args.action} needs --root", fix="Name the folder of the dataset: --root DIR.")
+    if args.action == "fetch":
+        fetch(r, args.root, args.accept_licence, keep=not args.remove_archives)
+        return print(f"fetched: {args.root}\nnext:    rs-selfsup data prepare {args.name} --root {args.root} --store STORE")
+    _prepare(r, args)
+
+# %% ../nbs/95_cli.ipynb #bdc6f4d0
+def _prepare(r, args):
+    from rs_selfsup.recipes import prepare
+
+    kw = {k: getattr(args, k) for k in ("layout", "tile", "splits", "seed")}
+    if args.store: kw |= dict(stride=args.stride, min_valid=args.min_valid, workers=args.workers)
+    layout, scenes, counts, store = prepare(r, args.root, args.store, **kw)
+    print(f"{r.title}, layout {layout}: {len(scenes)} scenes ({', '.join(f'{k} {n}' for k, n in counts.items())})")
+    for k, m in scenes.modalities.items(): print(f"  {k:<12} {m.n_bands} bands, {m.gsd:g} m, {sum(k in s.rasters for s in scenes)} scenes")
+    for k, t in scenes.targets.items(): print(f"  {k:<12} {t.kind}, {sum(k in s.targets for s in scenes)} scenes")
+    if store is None: return print(f"next:    rs-selfsup data prepare {args.name} --root {args.root} --store STORE")
+    store_pictures(store, args.store)
+    print((args.store / "report.md").read_text().split("\n## Scenes")[0])
+    print(f"store:    {args.store}\npictures: {args.store / 'tiles.png'}\nnext:     rs-selfsup pretrain {args.store} RUN")
+
+# %% ../nbs/95_cli.ipynb #551db478
+def _add_data(commands):
+    p = _command(commands, "data", data, "list, show, fetch and prepare known datasets", "prepare eurosat_rgb --root eurosat --store store")
+    p.add_argument("action", choices=["list", "show", "fetch", "prepare"], help="what to do")
+    p.add_argument("name", nargs="?", help="of a recipe, or path of a YAML file; not for list")
+    p.add_argument("--root", type=Path, help="folder of the dataset (fetch, prepare)")
+    p.add_argument("--accept-licence", action="store_true", help="the terms that `show` prints were read and are accepted (fetch)")
+    p.add_argument("--remove-archives", action="store_true", help="delete archives once they are unpacked (fetch)")
+    p.add_argument("--store", type=Path, help="tile store to build (prepare; default: only look)")
+    p.add_argument("--layout", help="of the recipe (prepare; default: the first that fits)")
+    p.add_argument("--tile", type=int, help="side of a tile in anchor pixels (prepare; default: the recipe's)")
+    p.add_argument("--stride", type=int, help="from tile to tile in anchor pixels (prepare; default: the tile)")
+    p.add_argument("--min-valid", type=float, default=0.5, help="least share of valid anchor pixels (prepare)")
+    p.add_argument("--splits", type=float, nargs=3, metavar=("TRAIN", "VAL", "TEST"), help="shares of scenes without a published split (default: the recipe's)")
+    p.add_argument("--seed", type=int, help="of the splits (prepare; default: the recipe's)")
+    p.add_argument("--workers", type=int, default=1, help="processes that read (prepare)")
+    return p
 
 # %% ../nbs/95_cli.ipynb #00000013
 CONFIG = ("store", "method", "encoder", "patch_size", "crop", "epochs", "bs", "lr", "warmup", "momentum", "accumulate", "precision", "workers",

@@ -324,15 +324,16 @@ def _entries(archive):  # yields (name, bytes, is a folder, is a plain file, fun
 def _write_all(archive, tmp, limit):
     "All entries below `tmp`; returns how many files"
     total = n = 0
-    for name, size, folder, plain, opened in _entries(archive):
+    for k, (name, size, folder, plain, opened) in enumerate(_entries(archive)):
         path = _safe(name, archive)
         if path is None: continue
-        if folder: (tmp / path).mkdir(parents=True, exist_ok=True); continue
-        if not plain: raise DataError(f"the entry '{name}' is a link or a device", archive, fix="Unpack it by hand, if at all.")
-        total, n = total + size, n + 1
-        if total > limit or n > MOST_FILES:
+        total += size
+        if total > limit or k >= MOST_FILES:
             problem = f"it holds more than it claims: over {_bytes(limit)} or {MOST_FILES} files"
             raise DataError(problem, archive, fix="Do not use it: it may be made to fill the disk.")
+        if folder: (tmp / path).mkdir(parents=True, exist_ok=True); continue
+        if not plain: raise DataError(f"the entry '{name}' is a link or a device", archive, fix="Unpack it by hand, if at all.")
+        n += 1
         _room(tmp, size, f"unpacking {archive.name}")
         (tmp / path).parent.mkdir(parents=True, exist_ok=True)
         with opened() as src, open(tmp / path, "wb") as out: shutil.copyfileobj(src, out, BLOCK)

@@ -453,6 +453,10 @@ def test_bombs_are_refused(make, tmp_path, monkeypatch):
 def test_more_files_than_anybody_needs(make, tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "MOST_FILES", 10)
     refused(make({str(k): b"" for k in range(11)}), tmp_path / "out", "or 10 files")
+    with zipfile.ZipFile(tmp_path / "folders.zip", "w") as z:
+        for k in range(11):
+            z.writestr(f"{k}/", "")
+    refused(tmp_path / "folders.zip", tmp_path / "out", "or 10 files")
 
 
 def test_more_than_the_recipe_says(make, tmp_path):
