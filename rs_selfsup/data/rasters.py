@@ -1363,18 +1363,26 @@ def boxes(self:SceneReader,
          ) -> np.ndarray|None: # (n, 6) class, x, y, w, h, angle in anchor pixels of the scene; None: unknown
     "All boxes of the scene"
     if name not in self._boxes: self._boxes[name] = self._place_boxes(self.scene.targets.get(name), self.scenes.targets[name])
-    return self._boxes[name]
+    return self._boxes[name][0]
 
 @patch
-def _place_boxes(self:SceneReader, f, spec): # read a file and put its boxes on the grid
-    if f is None: return None
+def turned(self:SceneReader,
+           name:str # a target of kind 'boxes'
+          ) -> bool: # as the target says, else whether the scene's file can hold turned boxes and has any
+    "Are the boxes turned ones, which stay whole at the border of a window?"
+    return self.boxes(name) is not None and self._boxes[name][1]
+
+@patch
+def _place_boxes(self:SceneReader, f, spec): # read a file and put its boxes on the grid: (boxes or None, whether they are turned)
+    if f is None: return None, False
     if not f.path.endswith('.txt') or not Path(f.path).is_file(): _exists(f.path)    # an empty text file says that there is nothing
     found, to_pixels = self._found(f, spec)
-    if found is None: return None
+    if found is None: return None, False
     s = self.first
     rim = corners(np.array([0, s.width/2, s.height/2, s.width, s.height, 0.]))
     rim = np.stack(at(after(~self.grid.transform, s.transform), *rim.T), -1)
-    return boxes_from(found, spec, to_pixels, (*rim.min(0), *rim.max(0)), f.path, f.shared)
+    turned = any(o.turned for o in found) if spec.rotated is None else bool(spec.rotated)
+    return boxes_from(found, spec, to_pixels, (*rim.min(0), *rim.max(0)), f.path, f.shared), turned
 
 # %% ../../nbs/10_data.rasters.ipynb #ab07d6b3
 @patch
@@ -1420,8 +1428,7 @@ def read_boxes(self:SceneReader,
     for t, spec in self.scenes.targets.items():
         if spec.kind != 'boxes': continue
         b = self.boxes(t)
-        turned = bool(spec.rotated if spec.rotated is not None else b is not None and (b[:, 5] != 0).any())
-        out[t] = None if b is None else cut(b, row, col, (height, width), turned, spec.least)
+        out[t] = None if b is None else cut(b, row, col, (height, width), self.turned(t), spec.least)
     return out
 
 # %% ../../nbs/10_data.rasters.ipynb #0000006f

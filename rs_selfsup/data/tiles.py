@@ -799,7 +799,7 @@ def make_plan(scenes:Scenes, # as `load_scenes` gives them
     factors = grid_factors(scenes)
     _check_sizes(scenes, factors, tile, stride)
     layout = Layout(tile, scenes.anchor, dict(scenes.modalities), factors, {}, dict(scenes.targets), scenes.tile_label)
-    plan, dtypes, origin = Plan(scenes, layout, {}, {}, {}, {}), layout.dtypes, {}
+    plan, dtypes, origin, turned = Plan(scenes, layout, {}, {}, {}, {}), layout.dtypes, {}, set()
     for i, s in enumerate(tqdm(scenes.scenes, desc='opening scenes', disable=not progress, leave=False)):
         try:
             with scenes.open(i) as r:
@@ -807,16 +807,14 @@ def make_plan(scenes:Scenes, # as `load_scenes` gives them
                 plan.places[i] = Place(s.name, r.height, r.width, r.transform, r.crs, s.group)
                 plan.blocks[i] = _file_block(r, scenes.anchor, factors)
                 plan.boxes[i] = {k: r.boxes(k) for k, t in scenes.targets.items() if t.kind == 'boxes'}
+                turned |= {k for k in plan.boxes[i] if r.turned(k)}
         except (DataError, OSError, rasterio.RasterioIOError) as e: plan.failed[i] = str(e); continue
         plan.grids[i] = tile_grid(plan.places[i].height, plan.places[i].width, tile, stride)
     for k in set(scenes.modalities) - set(dtypes):
         if plan.places: raise DataError(f"no scene has modality '{k}'", scenes.path, fix='Take it out of modalities, or add its files.')
     for k, t in scenes.targets.items():
-        if t.kind == 'boxes': layout.targets[k] = dataclasses.replace(t, rotated=_turned(t, [b[k] for b in plan.boxes.values()]))
+        if t.kind == 'boxes': layout.targets[k] = dataclasses.replace(t, rotated=bool(t.rotated) if t.rotated is not None else k in turned)
     return plan
-
-def _turned(spec, boxes): # as the target says, else whether any box is
-    return bool(spec.rotated) if spec.rotated is not None else any(bool((b[:, 5] != 0).any()) for b in boxes if b is not None)
 
 # %% ../../nbs/11_data.tiles.ipynb #00000057
 def _file_block(reader, anchor, factors):
