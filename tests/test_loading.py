@@ -30,8 +30,10 @@ def loader(store, split="train", crop=64, seed=0, **kw):
 
 
 def flat(b):
-    "All tensors of a batch, one list per sample."
-    parts = [*b.images.values(), *b.valid.values(), *b.targets.values(), b.label, b.key]
+    "All tensors of a batch, one list per sample. Boxes without the rows that pad them: those depend on the company."
+    boxes = [[o[~o.isnan().all(-1)] for o in x] for k, x in b.targets.items() if k == "buildings"]
+    dense = [x for k, x in b.targets.items() if k != "buildings"]
+    parts = [*b.images.values(), *b.valid.values(), *dense, *boxes, b.label, b.key]
     return {int(t): [p[i] for p in parts] for i, t in enumerate(b.tile)}
 
 

@@ -159,7 +159,7 @@ def show_boxes(b, # (n, 6) boxes of a tile, in anchor pixels; NaN rows are left 
     for o, p in zip(b, corners(b)/factor - .5):                    # pictures have pixel centres at whole numbers
         if np.isnan(o).any(): continue
         style = dict(ec='white', ls='--') if o[0] < 0 else dict(ec=colors[int(o[0]) % len(colors)])
-        ax.add_patch(Polygon(p, fc='none', lw=1.2, **style))
+        ax.add_patch(Polygon(p, fc='none', lw=.9, **style))
     return ax
 
 # %% ../../nbs/09_data.boxes.ipynb #f74331f4
@@ -203,29 +203,22 @@ def _json(path, stamp): # a JSON file, read once for all scenes that use it
 def _stamp(path): s = Path(path).stat(); return s.st_mtime_ns, s.st_size
 
 @lru_cache(8)
-def _coco(path, stamp): # (file name or stem -> images, image id -> annotations, category id -> name)
+def _coco(path, stamp): # (stem of the file name -> images, image id -> annotations, category id -> name)
     d, images, boxes = _json(path, stamp), {}, {}
-    for o in d['images']:
-        name = Path(o['file_name'])
-        for key in {name.name, name.stem}: images.setdefault(key, []).append(o)
+    for o in d['images']: images.setdefault(Path(o['file_name']).stem, []).append(o)
     for i, a in enumerate(d.get('annotations') or []): boxes.setdefault(a.get('image_id'), []).append((i, a))
     return images, boxes, {c['id']: c['name'] for c in d.get('categories') or []}
 
 # %% ../../nbs/09_data.boxes.ipynb #136f21e8
 def _image_of(images, rasters, file): # the entry of one of the scene's rasters, or None
     for path in map(Path, rasters):
-        found = images.get(path.name) or images.get(path.stem) or []
-        if len(found) == 1: return found[0]
-        if not found: continue
-        same = [sum(1 for _ in _common(Path(o['file_name']).with_suffix('').parts, path.with_suffix('').parts)) for o in found]
-        best = [o for o, n in zip(found, same) if n == max(same)]
-        if len(best) > 1: raise DataError(f"{len(best)} images are called '{path.name}'", file, fix='Give file_name with its folder.')
-        return best[0]
-
-def _common(a, b): # last parts that two paths share
-    for x, y in zip(a[::-1], b[::-1]):
-        if x != y: return
-        yield x
+        own = path.with_suffix('').parts
+        found = [o for o in images.get(path.stem, ()) if own[-len(p := Path(o['file_name']).with_suffix('').parts):] == p]
+        longest = max((len(Path(o['file_name']).parts) for o in found), default=0)
+        found = [o for o in found if len(Path(o['file_name']).parts) == longest]
+        exact = [o for o in found if Path(o['file_name']).name == path.name] or found
+        if len(exact) > 1: raise DataError(f"{len(exact)} images are called '{exact[0]['file_name']}'", file, fix='Names must be unique.')
+        if exact: return exact[0]
 
 # %% ../../nbs/09_data.boxes.ipynb #168f967e
 def read_coco(path, # of the JSON file

@@ -1353,7 +1353,7 @@ def boxes(self:SceneReader,
 @patch
 def _place_boxes(self:SceneReader, f, spec): # read a file and put its boxes on the grid
     if f is None: return None
-    _exists(f.path)
+    if not f.path.endswith('.txt') or not Path(f.path).is_file(): _exists(f.path)    # an empty text file says that there is nothing
     found, to_pixels = self._found(f, spec)
     if found is None: return None
     s = self.first
@@ -1380,8 +1380,10 @@ def _found(self:SceneReader, f, spec): # (annotations, how their coordinates bec
 @patch
 def _georeferenced(self:SceneReader, f, declared, pixels): # how coordinates of a GeoJSON file become anchor pixels
     if not self.first.placed: return pixels
-    try: crs = CRS.from_user_input(f.crs or declared or 'EPSG:4326')
-    except RasterioError as e: raise DataError(f'its projection {f.crs or declared!r} is not known ({_last(e)})', f.path, fix='Write crs: EPSG:... at the file.') from None
+    said = f.crs or declared or 'EPSG:4326'
+    try: crs = CRS.from_user_input(said)
+    except RasterioError as e:
+        raise DataError(f"its projection '{said}' is not known ({_last(e)})", f.path, fix='Write crs: EPSG:... at the file.') from None
     def convert(p):
         x, y = p.T
         if self.crs is not None and crs != self.crs:

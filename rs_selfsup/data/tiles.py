@@ -1166,6 +1166,9 @@ def report_text(r:dict # from `make_report`
     if r.get('given'): notes.append(f"{many(r['given'], 'scene')} with an official split, kept as it is: ground of two splits may touch there")
     flat = sum(not s['georeferenced'] for s in r['scenes'])
     if flat: notes.append(f"{many(flat, 'scene')} without a CRS: no outline in the index, split by group")
+    for k, n in (r.get('boxes') or {}).items():
+        lost = sum(o['unknown'] for o in n.values())
+        if lost: notes.append(f"{many(lost, 'tile')} whose {k} are unknown: their scenes have no file, or it does not name them")
     if notes: out += ['', '## To know', '', *(f'- {n}' for n in notes)]
     out += _boxes_text(r.get('boxes') or {})
     head = ['', '## Scenes', '', '| scene | candidates | tiles | few valid | buffer |', '|---|---|---|---|---|']
