@@ -135,7 +135,7 @@ def teaching(
     there = np.stack([(label == c).any(1) for c in range(classes)], 1)
     some, blank = there.any(1), ~there.any(1) & (label[:, 0] != UNKNOWN)
     if empty is not None:
-        drawn = np.random.default_rng(kw.get("seed", 0)).permutation(np.flatnonzero(blank))[round(empty * some.sum()) :]
+        drawn = np.random.default_rng(0).permutation(np.flatnonzero(blank))[round(empty * some.sum()) :]
         blank[drawn] = False
     rarest = np.where(there, there.sum(0), len(ids) + 1).argmin(1)
     keep = some | blank

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DETECTORS', 'box_corners', 'around', 'normal_form', 'inside', 'in_frame', 'true_boxes', 'let_off', 'middle',
            'nms_rotated', 'DetectionPyramid', 'CellAnchors', 'Detector', 'upright', 'FCOSDetector', 'RetinaNetDetector',
-           'level_sizes', 'FasterRCNNDetector', 'kld', 'as_parts', 'assign', 'RotatedFCOS', 'create_detector']
+           'level_sizes', 'FasterRCNNDetector', 'kld', 'turn_loss', 'as_parts', 'assign', 'RotatedFCOS',
+           'create_detector']
 
 # %% ../../nbs/73_heads.detection.ipynb #0738833b
 import math
@@ -391,18 +392,28 @@ def detect(self: FasterRCNNDetector, out: dict) -> list:  # as of `FCOSDetector`
 
 # %% ../../nbs/73_heads.detection.ipynb #e54ca122
 def kld(
-    p: tuple,  # of the prediction: centre (..., 2), sides (..., 2), (cos 2a, sin 2a) (..., 2)
+    p: tuple,  # of the prediction: centre (..., 2), sides (..., 2), (cos 2a, sin 2a) (..., 2) or shorter
     t: tuple,  # of the truth
 ) -> Tensor:  # (...,)
     "Kullback-Leibler divergence of two boxes as Gaussians"
     def cov(wh, turn):
         m, d = (wh**2).sum(-1) / 8, (wh[..., 0] ** 2 - wh[..., 1] ** 2) / 8
-        return m + d * turn[..., 0], d * turn[..., 1], m - d * turn[..., 0], 2 * wh.log().sum(-1)  # xx, xy, yy, log of 16 times the determinant
+        return m + d * turn[..., 0], d * turn[..., 1], m - d * turn[..., 0], m**2 - d**2 * (turn**2).sum(-1)  # xx, xy, yy, determinant
 
-    (pxx, pxy, pyy, lp), (txx, txy, tyy, lt), (x, y) = cov(*p[1:]), cov(*t[1:]), (p[0] - t[0]).unbind(-1)
-    det = lt.exp() / 16
-    far = (tyy * x * x - 2 * txy * x * y + txx * y * y) / det
-    return ((far + (tyy * pxx - 2 * txy * pxy + txx * pyy) / det + lt - lp) / 2 - 1).clamp(min=0)
+    (pxx, pxy, pyy, pd), (txx, txy, tyy, td), (x, y) = cov(*p[1:]), cov(*t[1:]), (p[0] - t[0]).unbind(-1)
+    far = tyy * x * x - 2 * txy * x * y + txx * y * y
+    return ((far + tyy * pxx - 2 * txy * pxy + txx * pyy) / td / 2 + (td / pd).log() / 2 - 1).clamp(min=0)
+
+
+def turn_loss(
+    p: Tensor,  # (..., 2) predicted vector
+    wh: Tensor,  # (..., 2) true sides, the long one first
+    t: Tensor,  # (..., 2) cos 2a, sin 2a of the truth
+) -> Tensor:  # (...,)
+    "Distance of directions: of half turns for a long box, of quarter turns for a square"
+    w, h = (wh**2).unbind(-1)
+    e = (w - h) / (w + h)
+    return e * ((p - t) ** 2).sum(-1) / 2 + (1 - e) * (1 - (p * t).sum(-1) ** 2)
 
 
 def as_parts(boxes):  # (..., 5) -> centre, sides, (cos 2a, sin 2a)
@@ -465,9 +476,9 @@ def grid(self: RotatedFCOS, out):  # centres (P, 2) and sides (P,) of all cells,
 
 
 @patch
-def decode(self: RotatedFCOS, raw, at, stride):  # (..., 6) -> centre, sides, (cos 2a, sin 2a)
+def decode(self: RotatedFCOS, raw, at, stride):  # (..., 6) -> centre, sides, a vector along (cos 2a, sin 2a), at most 1 long
     s = stride[..., None]
-    return at + s * raw[..., :2], s * raw[..., 2:4].clamp(-5, 5).exp(), F.normalize(raw[..., 4:], dim=-1, eps=1e-4)
+    return at + s * raw[..., :2], s * raw[..., 2:4].clamp(-5, 5).exp(), raw[..., 4:] / raw[..., 4:].norm(dim=-1, keepdim=True).clamp(min=1)
 
 
 @patch
@@ -481,8 +492,8 @@ def loss(self: RotatedFCOS, out, truth):  # noqa: F811
     n = hit.sum().clamp(min=1)
     cls = sigmoid_focal_loss(out["cls"], want).masked_fill(off[..., None], 0).sum() / n
     p = self.decode(out["box"][hit], at.expand(len(hit), -1, -1)[hit], stride.expand(len(hit), -1)[hit])
-    t = as_parts(torch.cat([t["boxes"][b[b >= 0]] for (b, _), t in zip(pairs, truth)]))
-    turn = 1 - (p[2] * t[2]).sum(-1) ** 2
+    t = as_parts(normal_form(torch.cat([t["boxes"][b[b >= 0]] for (b, _), t in zip(pairs, truth)])))
+    turn = turn_loss(p[2], *t[1:])
     far = 1 - 1 / (1 + kld(p, t).log1p())
     return cls, far.sum() / n, F.binary_cross_entropy_with_logits(out["ctr"][..., 0][hit], ctr[hit], reduction="sum") / n, turn.sum() / n
 
