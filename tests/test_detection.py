@@ -16,7 +16,7 @@ from rs_selfsup.data.augment import Batch, Normalize, Normalized
 from rs_selfsup.data.loading import dataloaders
 from rs_selfsup.data.tiles import TileStore, build_store
 from rs_selfsup.downstream.core import load_model, save_model
-from rs_selfsup.downstream.detection import DetectionLearner, DetectionModel, matches, survey_boxes
+from rs_selfsup.downstream.detection import DetectionLearner, DetectionModel, survey_boxes
 from rs_selfsup.heads.detection import box_corners, inside, true_boxes
 from rs_selfsup.inference import predict_scene
 from rs_selfsup.inference_boxes import detect_scene
