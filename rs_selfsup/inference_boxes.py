@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .data.rasters import at
 from .downstream.detection import as_rotated
 from .heads.detection import around, box_corners
 from rs_selfsup.inference import (
@@ -24,14 +25,14 @@ from .modalities import DataError
 # %% ../nbs/86_inference_boxes.ipynb #8f086b11
 def kept_by_window(
     boxes: np.ndarray,  # (n, 5) in pixels of the scene
-    at: tuple,  # (row, col) of the window's first pixel
+    first: tuple,  # (row, col) of the window's first pixel
     window: int,  # its side
     overlap: int,  # of neighbours
     size: tuple,  # (H, W) of the scene
     edge: float = 1.0,  # px: a box so near to an edge of the window counts as cut
 ) -> tuple:  # (n,) bool: kept; (n,) bool: whole
     "Boxes that lie well inside a window, and those that its edges do not cut"
-    start = np.array(at[::-1], float)
+    start = np.array(first[::-1], float)
     end = start + window
     open_ = np.stack([start > 0, end < np.array(size[::-1])])  # a neighbour lies beyond
     hull = around(torch.from_numpy(boxes)).numpy().reshape(-1, 2, 2)
@@ -174,10 +175,10 @@ def detect_scene(
 def ring(
     box: np.ndarray,  # (5,) in pixels
     transform,  # affine, of pixels
-) -> list:  # one ring of five (x, y)
+) -> list:  # one ring, (5, 2)
     "A box as a polygon on the ground"
-    q = [transform * tuple(p) for p in box_corners(torch.from_numpy(box)).numpy()]
-    return [[*q, q[0]]]
+    q = np.stack(at(transform, *box_corners(torch.from_numpy(box)).numpy().T), -1)
+    return [np.concatenate([q, q[:1]])]
 
 
 def ground_area(

@@ -108,7 +108,7 @@ class CachedTiles(TileReader):
         bs: int = 64,  # tiles per batch of the encoder
         folder=None,  # for files, if it is more than `limit`; None: a temporary one
         limit: float = 2048.0,  # MiB of memory for the maps
-        dtype: torch.dtype = torch.float16,  # of the maps; float32: twice the memory, and the very result of the Learner
+        dtype: torch.dtype = torch.float16,  # of the maps; float32: twice the memory, and the Learner's result but for rounding
         progress: bool = False,  # show a bar
     ):
         super().__init__(learn.dls.store, ids, seed)

@@ -211,7 +211,7 @@ def read(path):
 
 def test_from_the_command_line_to_polygons(store, tmp_path, capsys):
     scenes = store.path.parent / "scenes"
-    flags = "--task detection --encoder test_resnet --mode finetune --epochs 25 --bs 4 --lr 2e-3 --workers 0 --set width=32"
+    flags = "--task detection --encoder test_resnet --mode finetune --epochs 40 --bs 4 --lr 2e-3 --workers 0 --set width=32"
     assert main(f"finetune {store.path} {tmp_path}/run {flags}".split()) == 0, capsys.readouterr().err
     assert {"model.safetensors", "metrics.json", "results.png", "curves.png"} <= {f.name for f in (tmp_path / "run").iterdir()}
     assert json.loads((tmp_path / "run/metrics.json").read_text())["AP50"] > 0.5
@@ -235,7 +235,7 @@ def test_from_the_command_line_to_polygons(store, tmp_path, capsys):
     q = (corners - [left, 5e6]) / [0.5, -0.5]
     near = far["tiled"].argmin(0)[far["tiled"].min(0) < 3]
     turn = np.arctan2(*(q[near, 1] - q[near, 0]).T[::-1]) - angle[far["tiled"].min(0) < 3]
-    assert np.median(np.rad2deg(np.abs(np.arcsin(np.sin(turn))))) < 5
+    assert np.median(np.rad2deg(np.abs(np.arcsin(np.sin(turn))))) < 8
     model = load_model(tmp_path / "run/model.safetensors")
     with pytest.raises(DataError, match="model for detection, which makes no map"):
         predict_scene(model, {"rgb": str(scenes / "s0.tif")}, tmp_path / "map.tif")

@@ -199,8 +199,8 @@ def draw_boxes(
     boxes,  # (n, 4) or (n, 5) in pixels of the picture
     **kw,  # of the lines: color, lw, ls
 ):
-    "Outlines of boxes on a picture that `imshow` has drawn"
-    for q in box_corners(as_rotated(torch.as_tensor(boxes).float())).numpy() - 0.5: ax.plot(*np.r_[q, q[:1]].T, **kw)
+    "Outlines of boxes on a picture drawn by `imshow(..., extent=(0, W, H, 0))`"
+    for q in box_corners(as_rotated(torch.as_tensor(boxes).float())).numpy(): ax.plot(*np.r_[q, q[:1]].T, **kw)
 
 
 @patch
