@@ -731,7 +731,7 @@ def newest(
     rows: pd.DataFrame,  # of `read_results`
 ) -> pd.DataFrame:  # with a column `setting`
     "Where a run was repeated with another file under the same name, the last row; `setting` says in what rows of a task differ, if in anything"
-    rows = rows.fillna(dict(target="", decoder="")).assign(setting="")
+    rows = rows.fillna(dict(target="", decoder="")).assign(setting="").reset_index(drop=True)
     for _, part in rows.groupby(["store", "task", "target", "decoder", "mode"]):
         all_ = [json.loads(s) for s in part["settings"]]
         differ = sorted({k for s in all_ for k in s if any(o.get(k) != s[k] for o in all_)})

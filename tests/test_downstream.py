@@ -185,6 +185,7 @@ def test_a_model_of_heights_does_not_read_the_answer(tmp_path):
     text = yaml.safe_load(d.read_text())
     text["modalities"]["ndsm"] = dict(preset="ndsm", gsd=0.5)
     text["targets"] = dict(height=dict(kind="regression", unit="metre"))
+    del text["tile_label"], text["classes"]
     for s in text["scenes"]:
         s["targets"] = dict(height=s["targets"]["height"])
         s["rasters"]["ndsm"] = s["targets"]["height"]
