@@ -91,7 +91,7 @@ def test_cached_equals_uncached(store, encoder, learner, kw):
         train(half)
     a, b, c = (x.method.state_dict() for x in (plain, quick, half))
     apart = lambda p, q: max((v.float() - q[k].float()).abs().max().item() for k, v in p.items())
-    assert apart(a, b) < 1e-3 and 0 < apart(a, c) < 2e-2
+    assert apart(a, b) < 1e-3 and 0 < apart(a, c) < 5e-2
     for x in (plain, quick): assert x.validate("test") == pytest.approx(scores, nan_ok=True, rel=1e-3, abs=1e-3)
     k = SHOWN.get(learner, "OA")
     assert half.validate("test")[k] == pytest.approx(scores[k], rel=0.02, abs=0.02)
