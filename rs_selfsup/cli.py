@@ -233,7 +233,7 @@ def _add_data(commands):
     return p
 
 # %% ../nbs/95_cli.ipynb #00000013
-CONFIG = ("store", "method", "encoder", "patch_size", "crop", "epochs", "bs", "lr", "warmup", "momentum", "accumulate", "precision", "workers",
+CONFIG = ("store", "modalities", "method", "encoder", "patch_size", "crop", "epochs", "bs", "lr", "warmup", "momentum", "accumulate", "precision", "workers",
           "threads", "save_every", "keep", "tensorboard", "seed", "settings")
 
 
@@ -264,6 +264,7 @@ def _add_pretrain(commands):
     p = _command(commands, "pretrain", pretrain, "pre-train an encoder on a tile store, without labels", example)
     p.add_argument("store", type=Path, help="tile store")
     p.add_argument("out", type=Path, help="folder of the run")
+    p.add_argument("--modalities", nargs="+", help="which of the store's, the anchor among them (default: all)")
     p.add_argument("--method", choices=METHODS, default="mssdf", help="pre-training method: each has a page of its own")
     p.add_argument("--encoder", default="vit_small_patch16_224", help="timm name: a vision transformer (mssdf, xstars), any backbone (cmid, rsdnet)")
     p.add_argument("--patch-size", type=int, help="anchor pixels (default: the encoder's own)")
@@ -297,12 +298,13 @@ def learner(
     "The Learner a config describes."
     from rs_selfsup.pretrain import LEARNERS
 
-    dls = loaders(config)
+    dls = loaders(config, config.get("modalities"))
     return in_precision(LEARNERS[config["method"]](dls, config["encoder"], config["patch_size"], config["seed"], **config["settings"]), config)
 
 
 def loaders(
     config: dict,  # as in `config.json`
+    modalities=None,  # names of those to read; None: all
 ):
     "The tiles a config describes; torch's threads are set."
     import torch
@@ -312,7 +314,7 @@ def loaders(
     from rs_selfsup.data.tiles import TileStore
 
     if config["threads"]: torch.set_num_threads(config["threads"])
-    store = TileStore(config["store"])
+    store = TileStore(config["store"], modalities=modalities)
     return dataloaders(store, bs=config["bs"], crop=config["crop"], workers=config["workers"], seed=config["seed"], splits=splits_with_tiles(store))
 
 

@@ -46,6 +46,7 @@ class Trial:
     fractions: tuple = (0.1, 1.0)  # of the training labels
     label: str | None = None  # what it is called in folder and table; None: the method
     each: bool = False  # probe every modality alone as well
+    modalities: list | None = None  # of the store, for training and probes; None: all
 
     @property
     def name(self): return f"{self.called.replace(' ', '_')}_{self.seed}"  # of its folder
@@ -203,7 +204,7 @@ def run_trial(
     "Pre-train and probe; a finished trial is read and not run again."
     if finished(out, t): return pd.read_csv(out / "rows.csv")
     if threads: torch.set_num_threads(threads)
-    store = TileStore(store_path)
+    store = TileStore(store_path, modalities=t.modalities)
     if t.minutes:
         learn = make_learner(store, t)
         t = replace(t, epochs=epochs_in(t.minutes, seconds_per_step(learn), len(learn.dls.train)))
@@ -330,7 +331,7 @@ def read_measures(
     return table if len(table) else pd.DataFrame(columns=["method", "measure", "when", "value", "value lo", "value hi", "seeds"])
 
 # %% ../nbs/64_compare.ipynb #00000017
-OF_TRIAL = "patch_size", "bs", "lr", "momentum", "encoder", "crop", "epochs"  # settings that are no method's, but may be a variant's own
+OF_TRIAL = "patch_size", "bs", "lr", "momentum", "encoder", "crop", "epochs", "modalities"  # settings that are no method's, but may be a variant's own
 
 
 def own_trial(
@@ -364,7 +365,7 @@ def compare(
     base, out, store = base or Trial(), Path(out), store if isinstance(store, TileStore) else TileStore(store)
     names = methods if isinstance(methods, dict) else dict(zip(methods, methods))
     trials = [own_trial(base, k, m, s, (own or {}).get(k, {})) for k, m in names.items() for s in range(seeds)]
-    for t in trials[::seeds]: make_learner(store, t)  # wrong settings end here
+    for t in trials[::seeds]: make_learner(TileStore(store.path, modalities=t.modalities), t)  # wrong settings end here
     rows = run_trials(store, out, trials, processes, progress)
     rows.to_csv(out / "rows.csv", index=False)
     table = summarize(rows, by=("method", "features", "labels"))
