@@ -343,7 +343,7 @@ def plot_methods(
     full = table[table["labels"] == table["labels"].max()]
     methods, kinds = list(dict.fromkeys(full["method"])), list(dict.fromkeys(full["features"]))
     width = 0.81 / len(kinds)
-    ax = ax or plt.subplots(figsize=(1.5 + (0.4 + 0.4 * len(kinds)) * len(methods), 3), dpi=80, layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(1.5 + max(1.3, 0.4 + 0.4 * len(kinds)) * len(methods), 3), dpi=80, layout="constrained")[1]
     for i, k in enumerate(kinds):
         part = full[full["features"] == k].set_index("method").reindex(methods)  # no bar where a method has no such features
         bars = np.abs(part[[f"{score} lo", f"{score} hi"]].to_numpy().T - part[score].to_numpy())
