@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'DEFAULT', 'look_of', 'draw_ground', 'physical', 'stored', 'mask_values', 'mask_index', 'place_boxes',
-           'draw_boxes', 'box_text', 'file_contents', 'write_raster', 'write_example', 'show_example', 'class_colors']
+           'draw_boxes', 'box_text', 'file_contents', 'write_raster', 'write_example', 'show_example']
 
 # %% ../nbs/17_recipe_examples.ipynb #71f97239
 import itertools
@@ -25,7 +25,7 @@ from .data.boxes import corners, show_boxes
 from .data.rasters import grid_factors, load_scenes, parse_modality, parse_target
 from .data.synthetic import KNOTS, SPECTRA, texture
 from .modalities import Band, DataError, pick
-from .recipes import _all_patterns, find_layout, load_recipe
+from .recipes import _all_patterns, class_colors, find_layout, load_recipe
 from .show import show_modalities
 
 # %% ../nbs/17_recipe_examples.ipynb #534b3309
@@ -77,7 +77,7 @@ def physical(
     rng,  # `numpy.random.Generator`
 ) -> np.ndarray:  # (n, n) in the band's unit
     "What a sensor would measure, roughly"
-    noise = 0.7 * texture(rng, len(ground), 5) + 0.5 * rng.standard_normal(ground.shape)
+    noise = 0.7 * texture(rng, len(ground), 5) + 0.3 * rng.standard_normal(ground.shape)
     of = lambda values: np.array(values, float)[ground]
     refl = of([np.interp(band.wavelength or 560, KNOTS, SPECTRA[m]) for m, _, _ in looks]) * (1 + 0.1 * noise).clip(0.3)
     db = of([v - 7 * ("H" in band.name[:2] and "V" in band.name[:2]) for *_, v in looks]) + 1.5 * noise
@@ -89,7 +89,7 @@ def physical(
         "DN": lambda: 1e4 * refl,
         "dB": lambda: db,
         "power": lambda: 10 ** (db / 10),
-        "metre": lambda: level + of([h for _, h, _ in looks]) + 0.05 * noise,
+        "metre": lambda: level + of([h for _, h, _ in looks]) + 0.01 * noise,
     }.get(band.unit, lambda: np.mean(band.limits) * (1 + 0.01 * noise))()
 
 
@@ -316,7 +316,7 @@ def show_example(
     fig, axs = plt.subplots(1, k, figsize=(1.9 * k, 2.15), dpi=72, layout="constrained", squeeze=False)
     show_modalities(images, scenes.modalities, valid, axs[0][: len(images)])
     for t, b in boxes.items():
-        for m, ax in zip(images, axs[0]): show_boxes(b, ax, scenes.targets[t].colors, factors[m])
+        for m, ax in zip(images, axs[0]): show_boxes(b, ax, class_colors(scenes.targets[t]), factors[m])
     for (t, x), ax in zip(masks.items(), axs[0][len(images) :]): _show_target(x, scenes.targets[t], t, ax)
     return fig
 
@@ -330,14 +330,3 @@ def _show_target(x, spec, name, ax):
     ax.set_title(name, fontsize=8)
     ax.set_xlabel({"mask": f"{len(spec.classes)} classes"}.get(spec.kind, spec.unit), fontsize=7)
     ax.set(xticks=[], yticks=[])
-
-
-def class_colors(
-    spec,  # `TargetSpec`
-) -> list:  # of '#rrggbb', one per class
-    "The colours of the recipe, or some that differ"
-    import matplotlib
-
-    if spec.colors: return list(spec.colors)
-    wheel = [matplotlib.colors.to_hex(c) for c in (*matplotlib.colormaps["tab20"].colors, *matplotlib.colormaps["tab20b"].colors)]
-    return [wheel[(2 * i if i < 10 else 2 * i - 19 if i < 20 else i) % len(wheel)] for i in range(len(spec.classes))]
