@@ -258,6 +258,16 @@ def _write_scene(block, words, mods, targets, n, factors, root, east, images, rn
     return out
 
 
+def _write_labels(block, words, root, k):  # the list of a scene's classes: three of them and one to be left out, in turn
+    d = block["discover"].get("labels")
+    if not d: return {}
+    path = root / (block["discover"].get("root") or ".") / d["path"].format(**words)
+    known = [*(d.get("classes") or {}), *(c for c in block["classes"] if c not in (d.get("classes") or {}).values())]
+    names = [known[(5 * k + i) % len(known)] for i in (0, 6, 15)] + (d.get("ignore") or [])[k : k + 1]
+    path.write_text(json.dumps({d["key"]: names}))
+    return {path: names}
+
+
 def _height(spec, ground, looks, rng, dtype):  # (1, n, n) of a regression target
     band = Band("height", spec.unit, valid_range=(0, 60), scale=spec.scale * spec.factor, offset=spec.offset * spec.factor)
     return stored(band, physical(band, ground, looks, rng), dtype)[None]
@@ -269,7 +279,7 @@ def write_example(
     layout: str | None = None,  # of the recipe; None: its first
     side: int = 48,  # pixels of the anchor at most, but one pixel of the coarsest sensor at least
     seed: int = 0,  # of the ground
-) -> tuple:  # side in pixels, {path: array as stored, or (k, 6) boxes}
+) -> tuple:  # side in pixels, {path: array as stored, (k, 6) boxes, or names of classes}
     "Write a few generated scenes in the layout of a dataset"
     r = load_recipe(r) if isinstance(r, (str, Path)) else r
     layout = pick(layout or next(iter(r.scenes)), r.scenes, "layout", r.path)
@@ -284,6 +294,7 @@ def write_example(
     words = block["example"]["words"]
     images = [p.name for w in words for p, (m, _) in file_contents(block, w, mods, targets).items() if m == block["anchor"]]
     for k, w in enumerate(words): out |= _write_scene(block, w, mods, targets, n, factors, root, 10_000.0 * k, images, rng)
+    for k, w in enumerate(words): out |= _write_labels(block, w, root, k)
     splits = block.get("splits") or {}
     for k, path in enumerate((splits.get("lists") or {}).values()):
         entries = [splits.get("pattern", block["discover"].get("scene", "{scene}")).format(**w) for w in words[k :: len(splits["lists"])]]

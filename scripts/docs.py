@@ -314,7 +314,7 @@ The recipes are YAML files in [data_recipes]({folder}).
 """
 CAPTION = (
     "Generated picture in the layout of {title}, not its imagery: files with the names, bands, data types and codes of the dataset, "
-    "written and read by [recipe_examples]({examples}). The last row of a mask holds every code once in turn."
+    "written and read by [recipe_examples]({examples})."
 )
 
 
@@ -351,7 +351,9 @@ def dataset_picture(r, page):
     (PAGES / page).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig((PAGES / page).with_suffix(".png"), metadata={"Software": None})
     plt.close(fig)
+    masks = any(t["kind"] == "mask" for t in (r.scenes[layout].get("targets") or {}).values())
     caption = CAPTION.format(title=r.title, examples=relative(page_of(NBS / "17_recipe_examples.ipynb"), page))
+    caption += " The last row of a mask holds all codes in turn." * masks
     return f"![Generated picture in the layout of {r.title}]({r.name}.png){{ .nb-picture }}\n\n{caption}\n{{ .caption }}"
 
 

@@ -77,7 +77,12 @@ def test_prepare_on_a_small_copy(name, layout, tmp_path):
     assert len(scenes) == len({s.name for s in scenes}) <= len(block["example"]["words"])
     parts = {s.name: s.split or "train" for s in scenes}
     assert all(parts[s] == k for s, k in zip(store.index.scene, store.index.split))
-    labels = {s.name: s.label for s in scenes}
+    labels, several = {s.name: s.label for s in scenes}, block["discover"].get("labels")
+    assert (store.labels is not None) == bool(several)
+    if several:
+        named = {tuple(sorted({several["classes"].get(c, c) for c in v if c not in several["ignore"]})) for v in arrays.values() if isinstance(v, list)}
+        assert {tuple(sorted(store.classes[k] for k in np.flatnonzero(row == 1))) for row in store.labels} <= named and (store.labels >= 0).all()
+        assert len(np.unique(store.labels, axis=0)) == len(store)
     assert all(labels[s] is None or store.classes[i] == labels[s] for s, i in zip(store.index.scene, store.index.label))
     batch = store.read(np.arange(len(store)))
     for i, s in enumerate(store.index.scene):
