@@ -234,7 +234,7 @@ def _add_data(commands):
     return p
 
 # %% ../nbs/95_cli.ipynb #00000013
-CONFIG = ("store", "method", "encoder", "patch_size", "crop", "epochs", "bs", "lr", "warmup", "momentum", "accumulate", "precision", "workers",
+CONFIG = ("store", "modalities", "method", "encoder", "patch_size", "crop", "epochs", "bs", "lr", "warmup", "momentum", "accumulate", "precision", "workers",
           "threads", "save_every", "keep", "tensorboard", "seed", "settings")
 
 
@@ -265,6 +265,7 @@ def _add_pretrain(commands):
     p = _command(commands, "pretrain", pretrain, "pre-train an encoder on a tile store, without labels", example)
     p.add_argument("store", type=Path, help="tile store")
     p.add_argument("out", type=Path, help="folder of the run")
+    p.add_argument("--modalities", nargs="+", help="which of the store's, the anchor among them (default: all)")
     p.add_argument("--method", choices=METHODS, default="mssdf", help="pre-training method: each has a page of its own")
     p.add_argument("--encoder", default="vit_small_patch16_224", help="timm name: a vision transformer (mssdf, xstars), any backbone (cmid, rsdnet)")
     p.add_argument("--patch-size", type=int, help="anchor pixels (default: the encoder's own)")
@@ -298,12 +299,13 @@ def learner(
     "The Learner a config describes."
     from rs_selfsup.pretrain import LEARNERS
 
-    dls = loaders(config)
+    dls = loaders(config, config.get("modalities"))
     return in_precision(LEARNERS[config["method"]](dls, config["encoder"], config["patch_size"], config["seed"], **config["settings"]), config)
 
 
 def loaders(
     config: dict,  # as in `config.json`
+    modalities=None,  # names of those to read; None: all
 ):
     "The tiles a config describes; torch's threads are set."
     import torch
@@ -313,7 +315,7 @@ def loaders(
     from rs_selfsup.data.tiles import TileStore
 
     if config["threads"]: torch.set_num_threads(config["threads"])
-    store = TileStore(config["store"])
+    store = TileStore(config["store"], modalities=modalities)
     return dataloaders(store, bs=config["bs"], crop=config["crop"], workers=config["workers"], seed=config["seed"], splits=splits_with_tiles(store))
 
 
@@ -648,7 +650,7 @@ def compare(args):
     "`rs-selfsup compare`: several methods on the same tiles."
     import pandas as pd
 
-    from rs_selfsup.compare import Trial
+    from rs_selfsup.compare import Trial, made_store
     from rs_selfsup.compare import compare as run
 
     settings = dict(args.settings) if isinstance(args.settings, dict) else parse_settings(args.settings)
@@ -657,7 +659,9 @@ def compare(args):
     for n in methods: own[n] |= {k[len(n) + 1:]: settings.pop(k) for k in [*settings] if k.startswith(n + ".")}
     names = ("encoder", "patch_size", "epochs", "minutes", "bs", "crop", "lr", "each")
     base = Trial(settings=settings, momentum=tuple(args.momentum), fractions=tuple(f / 100 for f in args.fractions), **{k: getattr(args, k) for k in names})
-    table = run(args.store, args.out, methods, base, own, args.seeds, args.processes)
+    tiles = args.tiles if isinstance(args.tiles, dict) else parse_settings(args.tiles)
+    store = made_store(args.store, args.scenes, tiles)
+    table = run(store, args.out, methods, base, own, args.seeds, args.processes)
     with pd.option_context("display.width", 220, "display.max_columns", 20):
         print(table.drop(columns=["package", "torch"]).round(4).to_string(index=False))
         measures = pd.read_csv(args.out / "measures.csv")
@@ -682,6 +686,8 @@ def _add_compare(commands):
                  "store out --methods mssdf cmid --minutes 5 --patch-size 8")
     p.add_argument("store", type=Path, help="tile store with labels in train, val and test")
     p.add_argument("out", type=Path, help="folder; what is finished there is not run again")
+    p.add_argument("--scenes", help="scenes.yaml of which the store is built where it is missing; in a config also a table, of the settings of `synth`")
+    p.add_argument("--tiles", nargs="*", default=[], metavar="NAME=VALUE", help="settings of `build` for it, e.g. tile=32")
     p.add_argument("--methods", nargs="+", default=list(METHODS), metavar="[NAME=]METHOD", help=f"of {', '.join(METHODS)}; variants of one get names")
     p.add_argument("--encoder", default="vit_tiny_patch16_224", help="timm name, the same for all")
     p.add_argument("--patch-size", type=int, help="anchor pixels (default: the encoder's own)")

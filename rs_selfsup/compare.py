@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['PROBE', 'MEASURES', 'OF_TRIAL', 'Trial', 'splits_with_tiles', 'make_learner', 'epochs_in', 'seconds_per_step',
            'finished', 'peak_memory', 'peak_rss', 'leave_files', 'train_and_read', 'read_all', 'Counter', 'run_trial',
-           'run_trials', 'all_labels', 'margins', 'verdict', 'plot_methods', 'read_measures', 'own_trial', 'compare']
+           'run_trials', 'all_labels', 'margins', 'verdict', 'left_out', 'with_intervals', 'plot_methods',
+           'read_measures', 'own_trial', 'compare', 'made_store']
 
 # %% ../nbs/64_compare.ipynb #00000003
 import json
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -22,8 +24,9 @@ from tqdm.auto import tqdm
 
 import rs_selfsup
 from .data.loading import dataloaders
-from .data.tiles import TileStore
-from .evaluate import band_statistics, extract_features, probe, split_features, summarize
+from .data.synthetic import write_scenes
+from .data.tiles import TileStore, build_store
+from .evaluate import band_statistics, extract_features, mean_interval, probe, split_features, summarize
 from .modalities import DataError
 from .pretrain import LEARNERS
 
@@ -46,6 +49,7 @@ class Trial:
     fractions: tuple = (0.1, 1.0)  # of the training labels
     label: str | None = None  # what it is called in folder and table; None: the method
     each: bool = False  # probe every modality alone as well
+    modalities: list | None = None  # of the store, for training and probes; None: all
 
     @property
     def name(self): return f"{self.called.replace(' ', '_')}_{self.seed}"  # of its folder
@@ -203,7 +207,7 @@ def run_trial(
     "Pre-train and probe; a finished trial is read and not run again."
     if finished(out, t): return pd.read_csv(out / "rows.csv")
     if threads: torch.set_num_threads(threads)
-    store = TileStore(store_path)
+    store = TileStore(store_path, modalities=t.modalities)
     if t.minutes:
         learn = make_learner(store, t)
         t = replace(t, epochs=epochs_in(t.minutes, seconds_per_step(learn), len(learn.dls.train)))
@@ -294,6 +298,36 @@ def verdict(
         out.append(f"{name} against {other}: {100 * gap:+.1f} points ({word})")
     return "\n".join(out)
 
+# %% ../nbs/64_compare.ipynb #07ef20e8
+def left_out(
+    rows: pd.DataFrame,  # `rows.csv` of `compare`
+    whole: str = "full",  # the variant with all its parts
+    features: str = "pre-trained",  # whose score
+    score: str = "linear",  # or 'knn'
+    labels: float | None = None,  # share of the training labels; None: the largest
+) -> pd.DataFrame:  # a row per variant: mean and interval, `gain` of the whole over it and the interval of that, words
+    "What each part is worth: the whole against the variant without it, seed by seed."
+    part = rows[(rows["features"] == features) & (rows["labels"] == (labels or rows["labels"].max()))]
+    by_seed, out = part.pivot(index="seed", columns="method", values=score), []
+    if whole not in by_seed: raise DataError(f"no rows of {whole!r} with features {features!r}", fix=f"There are {sorted(rows['method'].unique())}.")
+    for m in part["method"].unique():
+        names = [score, f"{score} lo", f"{score} hi", "gain", "gain lo", "gain hi"]
+        values = [*mean_interval(by_seed[m]), *mean_interval((by_seed[whole] - by_seed[m]).dropna())]
+        _, lo, hi = values[3:]
+        word = "" if m == whole else "whole better" if lo > 0 else "whole worse" if hi < 0 else "not decided"
+        out.append(dict(variant=m, **dict(zip(names, values)), seeds=by_seed[m].notna().sum(), verdict=word))
+    return pd.DataFrame(out).set_index("variant")
+
+# %% ../nbs/64_compare.ipynb #6c461312
+def with_intervals(
+    table: pd.DataFrame,  # of `compare`, `summarize` or `read_measures`
+    scores=("knn", "linear"),  # columns that have a 'lo' and a 'hi' beside them
+    digits: int = 3,  # behind the point
+) -> pd.DataFrame:  # the scores as text
+    "Each score with its 95 % interval: '0.541 (0.520 to 0.563)'."
+    one = lambda r, s: f"{r[s]:.{digits}f} ({r[f'{s} lo']:.{digits}f} to {r[f'{s} hi']:.{digits}f})"
+    return table.assign(**{s: [one(r, s) for _, r in table.iterrows()] for s in scores}).drop(columns=[f"{s} {e}" for s in scores for e in ("lo", "hi")])
+
 # %% ../nbs/64_compare.ipynb #00000018
 def plot_methods(
     table: pd.DataFrame,  # of `compare`
@@ -309,7 +343,7 @@ def plot_methods(
     full = table[table["labels"] == table["labels"].max()]
     methods, kinds = list(dict.fromkeys(full["method"])), list(dict.fromkeys(full["features"]))
     width = 0.81 / len(kinds)
-    ax = ax or plt.subplots(figsize=(1.5 + (0.4 + 0.4 * len(kinds)) * len(methods), 3), dpi=80, layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(1.5 + max(1.3, 0.4 + 0.4 * len(kinds)) * len(methods), 3), dpi=80, layout="constrained")[1]
     for i, k in enumerate(kinds):
         part = full[full["features"] == k].set_index("method").reindex(methods)  # no bar where a method has no such features
         bars = np.abs(part[[f"{score} lo", f"{score} hi"]].to_numpy().T - part[score].to_numpy())
@@ -330,7 +364,7 @@ def read_measures(
     return table if len(table) else pd.DataFrame(columns=["method", "measure", "when", "value", "value lo", "value hi", "seeds"])
 
 # %% ../nbs/64_compare.ipynb #00000017
-OF_TRIAL = "patch_size", "bs", "lr", "momentum", "encoder", "crop", "epochs"  # settings that are no method's, but may be a variant's own
+OF_TRIAL = "patch_size", "bs", "lr", "momentum", "encoder", "crop", "epochs", "modalities"  # settings that are no method's, but may be a variant's own
 
 
 def own_trial(
@@ -364,7 +398,7 @@ def compare(
     base, out, store = base or Trial(), Path(out), store if isinstance(store, TileStore) else TileStore(store)
     names = methods if isinstance(methods, dict) else dict(zip(methods, methods))
     trials = [own_trial(base, k, m, s, (own or {}).get(k, {})) for k, m in names.items() for s in range(seeds)]
-    for t in trials[::seeds]: make_learner(store, t)  # wrong settings end here
+    for t in trials[::seeds]: make_learner(TileStore(store.path, modalities=t.modalities), t)  # wrong settings end here
     rows = run_trials(store, out, trials, processes, progress)
     rows.to_csv(out / "rows.csv", index=False)
     table = summarize(rows, by=("method", "features", "labels"))
@@ -380,3 +414,24 @@ def _figure(table, path):
     from rs_selfsup.cli import save_figure
 
     save_figure(plot_methods(table).figure, path)
+
+# %% ../nbs/64_compare.ipynb #b9a17aab
+def _known(function, settings, what):
+    "Settings, if the function has them all."
+    if wrong := sorted(set(settings) - set(signature(function).parameters)):
+        raise DataError(f"{what} has no setting {wrong[0]!r}", fix=f"Known are {sorted(signature(function).parameters)}.")
+    return settings
+
+
+def made_store(
+    path: str | Path,  # folder of the store
+    scenes: dict | str | None = None,  # settings of `write_scenes`, into the folder 'scenes' beside it, or a scenes.yaml
+    tiles: dict | None = None,  # settings of `build_store`
+    progress: bool = True,  # show bars
+) -> TileStore:
+    "The store of a folder; where there is none, and it is said of what, it is built."
+    path = Path(path)
+    if scenes is None or (path / "store.json").exists(): return TileStore(path)
+    tiles = _known(build_store, tiles or {}, "build_store")
+    if isinstance(scenes, dict): scenes = write_scenes(path.parent / "scenes", progress=progress, **_known(write_scenes, scenes, "write_scenes"))
+    return build_store(scenes, path, progress=progress, **tiles)

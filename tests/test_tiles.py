@@ -571,3 +571,14 @@ def test_naip_years_of_one_place_stay_together(real_data, tmp_path):
     sc.scenes = sc.scenes[:40]
     s = build(sc, tmp_path / "o", tile=128)
     assert s.index.groupby("group").split.nunique().max() == 1 and set(s.index.split) == {"train", "val", "test"}
+
+
+def test_some_modalities_of_a_store(store):
+    some = TileStore(store.path, modalities=["dsm", "rgb"])
+    assert list(some.modalities) == [m for m in store.modalities if m in ("rgb", "dsm")]
+    a, b = some.read([1, 0]), store.read([1, 0])
+    assert set(a["images"]) == set(a["valid"]) == {"rgb", "dsm"}
+    for m in a["images"]: np.testing.assert_array_equal(a["images"][m], b["images"][m])
+    for k in a["targets"]: np.testing.assert_array_equal(a["targets"][k], b["targets"][k])
+    with pytest.raises(DataError, match="no modality 'thermal' here.*Choose from"): TileStore(store.path, modalities=["rgb", "thermal"])
+    with pytest.raises(DataError, match="is the anchor"): TileStore(store.path, modalities=["dsm"])

@@ -1192,16 +1192,17 @@ class TileStore:
     "A folder of tiles written by `build_store`"
     def __init__(self,
                  path, # of the folder
-                 check:bool=True # look whether all files are there with their full size
+                 check:bool=True, # look whether all files are there with their full size
+                 modalities=None # names of those to read, the anchor among them; None: all
                 ):
         self.path = Path(path)
         d = self._about()
         self.about, self.anchor, self.classes = d, d['anchor'], d['classes']
         self._n, self.seed = d['tiles'], d['seed']
-        self.modalities = {k: Modality.from_dict(m) for k, m in d['modalities'].items()}
+        self.modalities = {k: Modality.from_dict(d['modalities'][k]) for k in self._wanted(modalities)}
         self.targets = {k: TargetSpec(**t) for k, t in d['targets'].items()}
-        self.tile_size = {k: tuple(v) for k, v in d['tile_size'].items()}
-        self.layout = Layout(d['tile'], d['anchor'], self.modalities, d['factors'], d['dtypes'],
+        self.tile_size = {k: tuple(d['tile_size'][k]) for k in self.modalities}
+        self.layout = Layout(d['tile'], d['anchor'], self.modalities, {k: d['factors'][k] for k in self.modalities}, d['dtypes'],
                              self.targets, d['tile_label'])
         self._files = self.layout.files(self.path, d['chunk'])
         self._index = self._stats = self._report = None
@@ -1241,6 +1242,19 @@ def _about(self:TileStore):
         raise DataError(f"store of version {d.get('version')}, this package reads version {VERSION}", p,
                         fix='Build it again, or install the package that wrote it.')
     return d
+
+# %% ../../nbs/11_data.tiles.ipynb #84815371
+@patch
+def _wanted(self:TileStore, names):
+    "Names of modalities, in the order of the store."
+    there = self.about['modalities']
+    if names is None: return list(there)
+    if missing := [k for k in names if k not in there]:
+        raise DataError(f'no modality {missing[0]!r} here', self.path, fix=f'Choose from {list(there)}.')
+    if self.anchor not in names:
+        raise DataError(f'{self.anchor!r} is the anchor, whose grid the others are measured by', self.path, fix=f'Name it too: {[self.anchor, *names]}.')
+    return [k for k in there if k in names]
+
 
 # %% ../../nbs/11_data.tiles.ipynb #982754e0
 @patch

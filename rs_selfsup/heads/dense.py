@@ -147,9 +147,10 @@ class Pyramid(nn.Module):
     ):
         super().__init__()
         flat = len(set(strides)) == 1
-        up = lambda d, times: [m for _ in range(times) for m in (nn.ConvTranspose2d(d, d, 2, 2), nn.GELU())]
-        scale = [up(d, 2 - i) if i < 3 else [nn.MaxPool2d(2, ceil_mode=True)] for i, d in enumerate(dims)] if flat else [[] for _ in dims]
-        self.levels = nn.ModuleList(nn.Sequential(*s, conv_norm(d, width, 1)) for s, d in zip(scale, dims))
+        times = [max(2 - i, 0) if flat else 0 for i, _ in enumerate(dims)]
+        up = lambda d, n: [m for k in range(n) for m in (nn.ConvTranspose2d(d >> k, d >> k + 1, 2, 2), nn.GELU())]
+        scale = [[nn.MaxPool2d(2, ceil_mode=True)] if flat and i > 2 else up(d, n) for i, (d, n) in enumerate(zip(dims, times))]
+        self.levels = nn.ModuleList(nn.Sequential(*s, conv_norm(d >> n, width, 1)) for s, d, n in zip(scale, dims, times))
         self.strides = [s * (2.0 ** (i - 2) if flat else 1) for i, s in enumerate(strides)]
 
     def forward(self, maps: list) -> list[Tensor]:  # (B, width, h_i, w_i)
