@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import lzma
+import math
 import os
 import re
 import shutil
@@ -445,8 +446,8 @@ def check_scenes(
     "Open some scenes, read their middle, count the splits"
     for i in sorted({round(k * (len(scenes) - 1) / max(1, n - 1)) for k in range(n)}):
         with scenes.open(i) as r:
-            f = max(r.factors.values())
-            h, w = (min(s, 512) // f * f for s in (r.height, r.width))
+            f = math.lcm(*r.factors.values())  # 140 anchor pixels for grids of 1.5, 10.5 and 30 m
+            h, w = (min(s, max(512, f)) // f * f for s in (r.height, r.width))
             row, col = ((s - d) // 2 // f * f for s, d in ((r.height, h), (r.width, w)))
             r.read(row, col, h, w)
             r.read_targets(row, col, h, w)
