@@ -534,8 +534,9 @@ def _layout_lines(name, block, web, before):  # `before`: classes that were show
         where = before.setdefault("".join(lines[1:]), f"{k} of layout {name}")
         same = where != f"{k} of layout {name}" and len(lines) > 2
         out += [lines[0].split(";")[0] + f"; classes as of `{where.split()[0]}` in layout `{where.split()[-1]}`.", ""] if same else lines
-    labels = block.get("classes")
-    return out + ([f"A label for each scene; {len(labels)} classes: {_words(', '.join(map(str, labels)), web)}"] if labels else [])
+    labels, many = block.get("classes"), (block.get("discover") or {}).get("labels")
+    what = "Labels of each scene, several may hold" if many else "A label for each scene"
+    return out + ([f"{what}; {len(labels)} classes: {_words('; '.join(map(str, labels)), web)}", ""] if labels else [])
 
 # %% ../nbs/16_recipes.ipynb #0e9fe79c
 def _how_lines(r, web):  # to get the files
