@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import select
 import sys
 import tomllib
 import warnings
@@ -791,6 +792,17 @@ def _no_future_warnings():
         sys.warnoptions[:] = before
 
 # %% ../nbs/95_cli.ipynb #0000001b
+def _output_closed():
+    "Whether nobody reads our output any more; what is left of it goes nowhere then"
+    try:
+        poll, out = select.poll(), sys.stdout.fileno()
+        poll.register(out, 0)
+        gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError): return False  # no pipe, or no `poll` on this system
+    if gone: os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    return gone
+
+
 def main(
     argv: list[str] | None = None,  # without the program's name; None: of this process
 ) -> int:  # exit status
@@ -799,11 +811,16 @@ def main(
     if "ipykernel" not in sys.modules: os.environ.setdefault("MPLBACKEND", "agg")  # pictures go to files, in child processes too
     try:
         with _no_future_warnings():
-            args = layered(build_parser(), argv)
-            args.call(args)
+            try:
+                args = layered(build_parser(), argv)
+                args.call(args)
+            finally: sys.stdout.flush()  # a reader that is gone is noticed here, not while Python ends
     except DataError as e:
         print(f"rs-selfsup: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if not _output_closed(): raise  # another pipe
+        return 141
     except KeyboardInterrupt:
         print("rs-selfsup: stopped; run `build` again or `resume` the run to go on", file=sys.stderr)
         return 130

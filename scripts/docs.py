@@ -2,6 +2,7 @@
 
 nbdev processes the notebooks (hidden cells go, names become links), this script turns the
 results into Markdown with their stored outputs, adds API pages, and MkDocs makes the site. Every warning is an error.
+The datasets have a page each, made from their recipes, with a picture that is drawn here.
 """
 
 import ast
@@ -33,6 +34,7 @@ DECADES = [
     (85, 89, "Whole scenes"),
     (90, 99, "Command line and recipes"),
 ]
+RECIPES = ROOT / "data_recipes"
 ABOUT = {"CONTRIBUTING.md": "about/contributing.md", "CHANGELOG.md": "about/changelog.md"}
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s]+)((?:\s+\"[^\"]*\")?\))(\{target=[^}]*\})?")
 
@@ -301,6 +303,60 @@ def api_heading(marks, name):
     return f"{marks} {name} {{ #{name.lower()} .api }}"
 
 
+# -- datasets --------------------
+DATASETS = """# Datasets
+
+What the package knows of public datasets: terms, files, bands, classes, splits. `rs-selfsup data list` shows the names for the command line,
+`rs-selfsup data prepare` makes a tile store of the files ([how recipes work]({recipes})). Terms and facts are as they were read when a recipe
+was written; **unverified** counts what nobody could check, each page names it. A dataset that serves several tasks stands in several tables.
+The recipes are YAML files in [data_recipes]({folder}).
+
+"""
+CAPTION = (
+    "Generated picture in the layout of {title}, not its imagery: files with the names, bands, data types and codes of the dataset, "
+    "written and read by [recipe_examples]({examples})."
+)
+
+
+def dataset_pages(cfg, pages):
+    "A page per recipe and the tables of all. Returns navigation."
+    sys.path.insert(0, str(ROOT))
+    os.environ["MPLBACKEND"] = "agg"
+    from rs_selfsup.recipes import list_recipes, recipe_index, recipe_page
+
+    recipes = sorted(list_recipes(), key=lambda r: r.title.lower())
+    files = f"{cfg['git_url']}/blob/{cfg['branch']}/{RECIPES.name}"
+    for r in recipes:
+        page = pages[f"{RECIPES.name}/{r.name}.yaml"]
+        text = recipe_page(r, web=True, picture=dataset_picture(r, page))
+        write(page, f"{text}\nMade from [{r.name}.yaml]({files}/{r.name}.yaml).\n")
+    index = pages[RECIPES.name]
+    here = lambda name: relative(page_of(NBS / name), index)
+    text = DATASETS.format(recipes=here("16_recipes.ipynb"), folder=files.replace("/blob/", "/tree/"))
+    write(index, text + recipe_index(recipes, lambda r: f"{r.name}.md"))
+    return [index, *({r.title: pages[f"{RECIPES.name}/{r.name}.yaml"]} for r in recipes)]
+
+
+def dataset_picture(r, page):
+    "Draw the example of the richest layout; returns Markdown, '' for a dataset that is described file by file."
+    import matplotlib.pyplot as plt
+
+    from rs_selfsup.recipe_examples import show_example
+
+    shown = [k for k, block in r.scenes.items() if "example" in block]
+    if not shown:
+        return ""
+    layout = max(shown, key=lambda k: len(r.scenes[k]["modalities"]))
+    fig = show_example(r, layout)
+    (PAGES / page).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig((PAGES / page).with_suffix(".png"), metadata={"Software": None})
+    plt.close(fig)
+    masks = any(t["kind"] == "mask" for t in (r.scenes[layout].get("targets") or {}).values())
+    caption = CAPTION.format(title=r.title, examples=relative(page_of(NBS / "17_recipe_examples.ipynb"), page))
+    caption += " The last row of a mask holds all codes in turn." * masks
+    return f"![Generated picture in the layout of {r.title}]({r.name}.png){{ .nb-picture }}\n\n{caption}\n{{ .caption }}"
+
+
 # -- the site --------------------
 def title_of(path):
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
@@ -309,8 +365,8 @@ def title_of(path):
     return path.stem
 
 
-def navigation(books, api):
-    "Start, tutorials, the notebooks by decade, experiments, API, about."
+def navigation(books, api, datasets):
+    "Start, tutorials, the notebooks by decade, datasets, experiments, API, about."
     top = [b for b in books if b.parent == NBS and b.name != "index.ipynb"]
     entry = lambda b: {title_of(b): page_of(b)}
     folder = lambda name: [entry(b) for b in books if NBS / name in b.parents]
@@ -321,6 +377,7 @@ def navigation(books, api):
     others = sorted({b.relative_to(NBS).parts[0] for b in books if b.parent != NBS} - known)
     nav += [{name.capitalize(): folder(name)} for name in others]
     nav += [
+        {"Datasets": datasets},
         {"Experiments": folder("experiments")},
         {"API": [api[0], {"Modules": api[1:]}]},
         {"About": [{"Contributing": "about/contributing.md"}, {"Changes": "about/changelog.md"}]},
@@ -367,7 +424,8 @@ def main():
         sys.exit("docs: nbs/index.ipynb is missing")
     process_notebooks(books)
     shutil.rmtree(PAGES, ignore_errors=True)
-    pages = {b.relative_to(ROOT).as_posix(): page_of(b) for b in books} | ABOUT
+    pages = {b.relative_to(ROOT).as_posix(): page_of(b) for b in books} | ABOUT | {RECIPES.name: "datasets/index.md"}
+    pages |= {f"{RECIPES.name}/{p.name}": f"datasets/{p.stem}.md" for p in sorted(RECIPES.glob("*.yaml"))}
     if len(set(pages.values())) != len(pages):
         sys.exit("docs: two notebooks would be the same page (names differ in their number only)")
     for source, page in ABOUT.items():
@@ -380,6 +438,7 @@ def main():
     for book in books:
         write(page_of(book), page_markdown(book, cfg, pages, modules))
     api = api_pages(cfg, pages, modules)
+    datasets = dataset_pages(cfg, pages)
     write("assets/site.css", (ROOT / "scripts" / "site.css").read_text(encoding="utf-8"))
     math_font()
     config = {
@@ -391,7 +450,7 @@ def main():
         "docs_dir": "_mkdocs",
         "site_dir": str(ROOT / cfg["doc_path"]),
         "hooks": [str(ROOT / "scripts" / "docs_hooks.py")],
-        "nav": navigation(books, api),
+        "nav": navigation(books, api, datasets),
         "extra": {"social": [{"icon": "fontawesome/brands/git-alt", "link": cfg["git_url"], "name": "Repository"}]},
     }
     (PROC / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
@@ -408,7 +467,7 @@ def main():
     if done.returncode or "WARNING" in done.stdout:  # (with --quiet, --strict would count nothing)
         said = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("INFO"))
         sys.exit(f"docs: mkdocs warned (mend the notebook of that name):\n{tail(said, 60)}")
-    print(f"{len(books)} notebooks, {len(api) - 1} API pages")
+    print(f"{len(books)} notebooks, {len(api) - 1} API pages, {len(datasets) - 1} datasets")
 
 
 if __name__ == "__main__":

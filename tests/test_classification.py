@@ -20,6 +20,8 @@ from rs_selfsup.export import export_encoder
 from rs_selfsup.inference import predict_array, predict_scene
 from rs_selfsup.data.rasters import load_scenes
 from rs_selfsup.modalities import DataError
+from rs_selfsup.recipe_examples import write_example
+from rs_selfsup.recipes import load_recipe, prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NET = dict(embed_dim=24, depth=2, num_heads=2)
@@ -231,6 +233,66 @@ def test_a_map_in_strips_is_that_of_one_piece(store, tmp_path):
     sure = np.sort(one, 0)[-1] - np.sort(one, 0)[-2] > 1e-4  # batches of another size differ in the last bits
     assert (y == one.argmax(0))[ok & sure].all() and (ok & sure).sum() > 100
     assert np.allclose(one.sum(0)[ok], 1, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    "BigEarthNet as published, a few patches more than the example has: each twice, in train and in val"
+    root, r = tmp_path_factory.mktemp("several"), load_recipe("bigearthnet")
+    block = r.scenes["published"]
+    block["example"]["words"] = [{"scene": f"S2A_MSIL2A_20170613T101031_{k}_{j}"} for k in range(2) for j in range(6)]
+    block["splits"] = {"names": {"train": [w["scene"] for w in block["example"]["words"][:6]], "val": [w["scene"] for w in block["example"]["words"][6:]]}}
+    write_example(r, root / "data", "published")
+    for k in range(6):  # the same ground and labels in val
+        for p in (root / "data").glob(f"*/*_0_{k}/*"):
+            q = Path(str(p).replace(f"_0_{k}", f"_1_{k}"))
+            q.write_bytes(p.read_bytes())
+    return r, root
+
+
+def test_several_labels_of_a_dataset(several):
+    r, root = several
+    store = prepare(r, root / "data", root / "store", "published", tile=48, progress=False)[3]
+    assert (store.index.label == -1).all() and store.labels.shape == (12, 19) and set(store.labels.sum(1)) == {3}
+    batch = dataloaders(store, bs=4).train.one_batch()[0]
+    assert torch.equal(batch.label, torch.from_numpy(store.labels[batch.tile.numpy()].astype(np.int64)))
+    enc = create_encoder("vit_tiny_patch16_224", store.modalities, "s2_10m", patch_size=6, **NET)
+    learn = ClassificationLearner(dataloaders(store, bs=6), enc, multilabel=True, mode="finetune", layer_decay=1.0)
+    assert learn.method.target is None and learn.task_model.classes == r.scenes["published"]["classes"] == store.classes
+    assert learn.counts.tolist() == (store.labels[store.split("train")] == 1).sum(0).tolist()
+    before = learn.validate()["mAP"]
+    train(learn, 30, lr=5e-3)
+    assert learn.validate()["mAP"] > before + 0.2
+    with pytest.raises(DataError, match="several labels.*multilabel=True"):
+        ClassificationLearner(dataloaders(store, bs=6), enc)
+
+
+def test_patches_without_a_list_of_labels(several):
+    "Unknown labels teach nothing and are not counted; an empty list says that no class holds"
+    r, root = several
+    names = sorted(p.name for p in (root / "data/BigEarthNet-v1.0").iterdir())
+    lists = [root / "data/BigEarthNet-v1.0" / n / f"{n}_labels_metadata.json" for n in names]
+    kept = [p.read_text() for p in lists]
+    try:
+        lists[0].unlink()
+        lists[1].write_text('{"labels": ["Airports"]}')
+        store = prepare(r, root / "data", root / "unknown", "published", tile=48, progress=False)[3]
+        of = {s: store.labels[i] for i, s in enumerate(store.index.scene)}
+        assert (of[names[0]] == -1).all() and (of[names[1]] == 0).all() and store.report["unlabelled"] == 1
+        enc = create_encoder("test_resnet", {"s2_10m": store.modalities["s2_10m"]}, "s2_10m")
+        assert len(ClassificationLearner(dataloaders(store, bs=6), enc, multilabel=True).dls.train.dataset) == 5
+        lists[2].write_text('{"labels": ["Pasture"]}')
+        with pytest.raises(DataError, match="unknown label of scene .*Did you mean 'Pastures'"):
+            prepare(r, root / "data", layout="published")
+    finally:
+        for p, text in zip(lists, kept): p.write_text(text)
+
+
+@pytest.mark.data
+def test_bigearthnet_labels(real_data, tmp_path):
+    store = prepare(load_recipe("bigearthnet"), real_data / "bigearthnet_s1s2_original", tmp_path / "store", progress=False)[3]
+    found = {s: [store.classes[k] for k in np.flatnonzero(row == 1)] for s, row in zip(store.index.scene, store.labels)}
+    assert found["4_55"] == ["Pastures"] and found["36_85"] == ["Arable land", "Pastures"] and len(found["69_24"]) == 5
 
 
 @pytest.mark.data

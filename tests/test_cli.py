@@ -91,3 +91,20 @@ def test_help_names_a_default_once():
     commands = cli.build_parser()._subparsers._group_actions[0].choices
     text = "\n".join(p.format_help() for p in commands.values())
     assert "(default: None)" not in text and "(default: 224)" in text and "(default: the tile)" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("argv, reader, status", [("data list", "true", "141"), ("data show potsdam", "head -1", "0 141"), ("--help", "true", "0 141")])
+def test_a_reader_that_leaves(argv, reader, status):
+    "`rs-selfsup data list | head`: no traceback, whether the pipe breaks in the middle or at the very end"
+    line = f"{sys.executable} -m rs_selfsup.cli {argv} | {reader} > /dev/null; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=600)
+    assert done.stderr == "" and done.stdout.strip() in status.split()
+
+
+def test_another_pipe_that_breaks_is_not_hidden(monkeypatch):
+    def call(_):
+        raise BrokenPipeError("a worker is gone")
+
+    monkeypatch.setattr(cli, "layered", lambda parser, argv: Namespace(call=call))
+    with pytest.raises(BrokenPipeError, match="a worker is gone"):
+        cli.main([])

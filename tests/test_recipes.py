@@ -6,7 +6,6 @@ import http.server
 import io
 import itertools
 import json
-import math
 import os
 import shutil
 import stat
@@ -18,15 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rasterio
 import yaml
-from PIL import Image
-from rasterio.transform import from_origin
 
 from rs_selfsup import recipes
-from rs_selfsup.data.rasters import grid_factors, load_scenes, parse_modality, parse_target
-from rs_selfsup.modalities import Band, DataError
-from rs_selfsup.recipes import RecipeFile, download, example_paths, fetch, load_recipe, prepare, recipe_folder, recipe_names, recipe_page, unpack
+from rs_selfsup.data.rasters import parse_target
+from rs_selfsup.modalities import DataError
+from rs_selfsup.recipe_examples import place_boxes, write_example
+from rs_selfsup.recipes import RecipeFile, download, fetch, load_recipe, prepare, recipe_folder, recipe_names, recipe_page, unpack
 
 NAMES = recipe_names()
 LAYOUTS = [(n, layout) for n in NAMES for layout in yaml.safe_load((recipe_folder() / f"{n}.yaml").read_text())["scenes"]]
@@ -62,96 +59,6 @@ def test_no_address_twice_and_none_without_https():
 
 
 # ---------------------------------------------------------------- a small copy of each dataset
-def stored(rng, band, shape, dtype):
-    "Values in the middle of what the band may hold, as the file stores them"
-    lo, hi = ((v - band.offset) / band.scale for v in band.limits)
-    lo, hi = lo + 0.3 * (hi - lo), lo + 0.6 * (hi - lo)
-    if np.dtype(dtype).kind in "iu":
-        info = np.iinfo(dtype)
-        lo, hi = max(lo, info.min + 1), min(hi, info.max - 1)
-        return rng.integers(int(lo), int(hi), shape).astype(dtype)
-    return rng.uniform(lo, hi, shape).astype(dtype)
-
-
-def of_class(rng, spec, shape, dtype):
-    values = list(itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in spec.values or range(len(spec.classes))))
-    mask = rng.choice(np.array(values + [v for v in spec.ignore if np.isreal(v)]), shape)
-    if spec.palette:
-        return np.stack([mask >> 16, mask >> 8 & 255, mask & 255]).astype(np.uint8)
-    return mask[None].astype(dtype)
-
-
-def write(path, x, gsd, east):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix in (".jpg", ".bmp"):
-        Image.fromarray(x[0] if len(x) == 1 else x.transpose(1, 2, 0)).save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
-        return
-    driver = {".png": "PNG", ".jp2": "JP2OpenJPEG"}.get(path.suffix, "GTiff")
-    place = {} if gsd is None else dict(crs="EPSG:32631", transform=from_origin(5e5 + east, 6e6, gsd, gsd))
-    more = dict(QUALITY="100", REVERSIBLE="YES") if driver == "JP2OpenJPEG" else {}
-    with rasterio.open(path, "w", driver=driver, width=x.shape[2], height=x.shape[1], count=len(x), dtype=x.dtype, **place, **more) as f:
-        f.write(x)
-
-
-def small_copy(block, root, kind=""):
-    "Files with the names, bands, data types and codes of a layout; returns (pixels of a side, {path: array})"
-    rng, ex, out = np.random.default_rng(0), block["example"], {}
-    mods = {k: parse_modality(k, v) for k, v in block["modalities"].items()}
-    targets = {k: parse_target(k, v) for k, v in (block.get("targets") or {}).items()}
-    plain = {k: v for k, v in block.items() if k not in ("about", "example", "discover", "splits")}
-    factors = grid_factors(load_scenes({**plain, "scenes": [dict(name="a", rasters={block["anchor"]: "a.tif"})]}, root))
-    f = math.lcm(*factors.values())
-    n = max(f, 48 // f * f)
-    dtypes, bands = ex.get("dtype", {}), ex.get("bands", {})
-    for k, words in enumerate(ex["words"]):
-        for name, band, path in example_paths(block, words, mods, targets):
-            path = root / (block["discover"].get("root") or ".") / path
-            if path in out:
-                continue
-            side = n // factors.get(name, 1)
-            if name in mods:
-                own = [b for b in mods[name].bands if band in (None, b.name)]
-                count = bands.get(name, len(own))
-                x = np.stack([stored(rng, own[min(i, len(own) - 1)], (side, side), dtypes.get(name, "uint8")) for i in range(count)])
-            elif targets[name].kind == "boxes":
-                images = [Path(p).name for w in ex["words"] for m, _, p in example_paths(block, w, mods, targets) if m == block["anchor"]]
-                write_boxes(path, block, targets[name], n, [kind] if kind == "fair1m" else images)
-                continue
-            elif targets[name].kind == "mask":
-                x = of_class(rng, targets[name], (side, side), dtypes.get(name, "uint8"))
-            else:
-                x = stored(rng, Band("height", targets[name].unit, valid_range=(0, 60)), (side, side), dtypes.get(name, "float32"))[None]
-            out[path] = x
-            gsd = mods[name].gsd if name in mods else mods[block["anchor"]].gsd
-            write(path, x, gsd if ex.get("georeferenced") else None, 10_000 * k)
-    splits = block.get("splits") or {}
-    for k, path in enumerate((splits.get("lists") or {}).values()):
-        entries = [splits.get("pattern", block["discover"].get("scene", "{scene}")).format(**w) for w in ex["words"][k :: len(splits["lists"])]]
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text("\n".join(entries) + "\n")
-    return n, out
-
-
-def write_boxes(path, block, spec, n, images):
-    "One box for each class in turn, in the format of the dataset; one COCO file for all images"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    names = spec.classes
-    x0, y0, x1, y1 = 4, 6, n // 2, n // 2 + 4
-    if path.suffix == ".json":
-        boxes = [dict(id=i, image_id=i, category_id=1, bbox=[x0, y0, x1 - x0, y1 - y0]) for i in range(len(images))]
-        files = [dict(id=i, file_name=f, width=n, height=n) for i, f in enumerate(images)]
-        path.write_text(json.dumps(dict(images=files, annotations=boxes, categories=[dict(id=1, name=names[0])])))
-    elif path.suffix == ".txt":
-        lines = ["imagesource:GoogleEarth", "gsd:0.15", f"{x0} {y0} {x1} {y0} {x1} {y1} {x0} {y1} {names[0]} 0"]
-        path.write_text("\n".join(lines) + "\n")
-    elif "fair1m" in str(images):
-        points = "".join(f"<point>{x},{y}</point>" for x, y in ((x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)))
-        path.write_text(f"<a><objects><object><possibleresult><name>{names[0]}</name></possibleresult><points>{points}</points></object></objects></a>")
-    else:
-        ends = "".join(f"<{k}>{v}</{k}>" for k, v in dict(xmin=x0 + 1, ymin=y0 + 1, xmax=x1, ymax=y1).items())
-        path.write_text(f"<annotation><object><name>{names[0]}</name><bndbox>{ends}</bndbox></object></annotation>")
-
-
 LOSSY = (".jpg",)
 
 
@@ -162,7 +69,7 @@ def test_prepare_on_a_small_copy(name, layout, tmp_path):
     block = r.scenes[layout]
     if "example" not in block:
         pytest.skip("described scene by scene: tested on the real file")
-    n, arrays = small_copy(block, tmp_path / "data", name)
+    n, arrays = write_example(r, tmp_path / "data", layout)
     found, scenes, counts, store = prepare(
         r, tmp_path / "data", tmp_path / "store", layout=layout, tile=n, splits=(1, 0, 0), progress=False
     )
@@ -170,7 +77,12 @@ def test_prepare_on_a_small_copy(name, layout, tmp_path):
     assert len(scenes) == len({s.name for s in scenes}) <= len(block["example"]["words"])
     parts = {s.name: s.split or "train" for s in scenes}
     assert all(parts[s] == k for s, k in zip(store.index.scene, store.index.split))
-    labels = {s.name: s.label for s in scenes}
+    labels, several = {s.name: s.label for s in scenes}, block["discover"].get("labels")
+    assert (store.labels is not None) == bool(several)
+    if several:
+        named = {tuple(sorted({several["classes"].get(c, c) for c in v if c not in several["ignore"]})) for v in arrays.values() if isinstance(v, list)}
+        assert {tuple(sorted(store.classes[k] for k in np.flatnonzero(row == 1))) for row in store.labels} <= named and (store.labels >= 0).all()
+        assert len(np.unique(store.labels, axis=0)) == len(store)
     assert all(labels[s] is None or store.classes[i] == labels[s] for s, i in zip(store.index.scene, store.index.label))
     batch = store.read(np.arange(len(store)))
     for i, s in enumerate(store.index.scene):
@@ -182,11 +94,21 @@ def test_prepare_on_a_small_copy(name, layout, tmp_path):
                 assert np.array_equal(got, want)
         for t, f in scenes[s].targets.items():
             if scenes.targets[t].kind == "boxes":
-                box = np.asarray(batch["targets"][t][i])
-                middle_and_size = [(4 + n // 2) / 2, n // 4 + 5, n // 2 - 4, n // 2 - 2]
-                assert box.shape[0] == 1 and box[0, 0] == 0 and np.allclose(sorted(box[0, 1:5]), sorted(middle_and_size), atol=0.6)
+                same_boxes(batch["targets"][t][i], place_boxes(n, len(scenes.targets[t].classes), name in TURNED))
             if scenes.targets[t].kind == "mask":
                 same_classes(batch["targets"][t][i], arrays[Path(f.path)], scenes.targets[t], f)
+
+
+TURNED = ("dota_v1", "fair1m")
+
+
+def same_boxes(got, want):
+    "As drawn, in any order; a turned box may be given with its sides exchanged"
+    got, want = (x[np.argsort(x[:, 1])] for x in (got[~np.isnan(got[:, 0])], want))
+    assert len(got) == 3 and np.array_equal(got[:, 0], want[:, 0]) and np.allclose(got[:, 1:3], want[:, 1:3], atol=0.1)
+    swap = abs(got[:, 3] - want[:, 3]) > 0.5
+    assert np.allclose(np.where(swap[:, None], got[:, [4, 3]], got[:, 3:5]), want[:, 3:5], atol=0.1)
+    assert np.allclose(np.sin(got[:, 5] + swap * np.pi / 2 - want[:, 5]), 0, atol=0.02)
 
 
 def picked(arrays, f):

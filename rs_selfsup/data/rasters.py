@@ -10,7 +10,7 @@ __all__ = ['LENGTHS', 'RasterFile', 'TargetSpec', 'BoxFile', 'Scene', 'Scenes', 
 
 # %% ../../nbs/10_data.rasters.ipynb #00000003
 from collections import Counter
-import csv, itertools, math, os, re, warnings
+import csv, itertools, json, math, os, re, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, rasterio, yaml
@@ -83,6 +83,7 @@ class Scene:
     label:str|None=None # class of the whole scene
     group:str|None=None # scenes of the same ground share it; None: the scene stands alone
     split:str|None=None # 'train', 'val', 'test' by an official list; None: dealt by `build_store`
+    labels:list|None=field(default=None, repr=False) # classes of the whole scene, where it may have several; None: not known
 
 # %% ../../nbs/10_data.rasters.ipynb #8de51b17
 @dataclass
@@ -282,7 +283,7 @@ def find_files(root, # folder
     return [(str(Path(root)/p), m.groupdict()) for p in rel if (m := regex.match(p))]
 
 # %% ../../nbs/10_data.rasters.ipynb #00000014
-_DISCOVER = ('root', 'pattern', 'rasters', 'targets', 'where', 'scene', 'group', 'require', 'label', 'split')
+_DISCOVER = ('root', 'pattern', 'rasters', 'targets', 'where', 'scene', 'group', 'require', 'label', 'labels', 'split')
 
 # %% ../../nbs/10_data.rasters.ipynb #c30f5a50
 def _patterns(d, modalities, anchor, file):
@@ -354,6 +355,7 @@ def discover(d:dict, # the `discover` part of a scene file
     need, scenes = [anchor, *(d.get('require') or [])], _together(hits, key)
     complete = {k: s for k, s in scenes.items() if all(any(what == m for what, _ in s['files']) for m in need)}
     out = [_found(k, s, d, modalities, targets, file) for k, s in sorted(complete.items(), key=lambda o: _natural(o[0]))]
+    for s in out if d.get('labels') else []: s.labels = _labels(d['labels'], root, complete[s.name]['words'], file)
     for name, r in (d.get('targets') or {}).items():
         r = {'path': r} if isinstance(r, str) else dict(r)
         if _for_all(name, r, targets):
@@ -391,6 +393,16 @@ def _group(group, name, words, file): # an expression with (captures), or a form
         group = '_'.join(hit.groups())
     return group and group.format(**{'name': name, **words})
 
+# %% ../../nbs/10_data.rasters.ipynb #95a066d6
+def _labels(d, root, words, file): # classes of a scene, from a list in its JSON file; None: there is no file
+    check_keys(d, ('path', 'key', 'classes', 'ignore'), 'labels in discover', file)
+    path, new = Path(_join(root, d['path'].format(**words))), d.get('classes') or {}
+    if not path.is_file(): return None
+    try: names = json.loads(path.read_text(encoding='utf-8'))[d['key']]
+    except (ValueError, KeyError, TypeError): names = None
+    if not isinstance(names, list): raise DataError(f"no list of names under '{d.get('key')}'", path, fix='Correct key: ... at labels.')
+    return sorted({str(new.get(n, n)) for n in names if n not in (d.get('ignore') or [])})
+
 # %% ../../nbs/10_data.rasters.ipynb #0000001c
 _TOP = ('version', 'root', 'anchor', 'modalities', 'targets', 'tile_label', 'classes', 'scenes', 'discover', 'splits')
 
@@ -416,14 +428,15 @@ def _check_names(scenes, file): # there are scenes, and each name means one
 
 # %% ../../nbs/10_data.rasters.ipynb #15d2b9c8
 def _class_names(d, scenes, targets, file): # of the tile labels
-    labels = sorted({s.label for s in scenes if s.label is not None})
+    labels = sorted({c for s in scenes for c in (s.label, *(s.labels or ())) if c is not None})
     if d.get('tile_label'):
         target = targets[pick(d['tile_label'], targets, 'tile_label', file)]
         if target.kind == 'boxes': raise DataError(f"tile_label: '{d['tile_label']}' is a target of boxes", file, fix='Name a mask.')
         labels = target.classes
     classes = [str(c) for c in d.get('classes') or labels]
     for s in scenes:
-        if s.label is not None: pick(s.label, classes, f"label of scene '{s.name}'", file)
+        for c in (s.label, *(s.labels or ())):
+            if c is not None: pick(c, classes, f"label of scene '{s.name}'", file)
     return classes
 
 # %% ../../nbs/10_data.rasters.ipynb #fbf2c378
@@ -518,7 +531,7 @@ def _read_yaml(file):
 # %% ../../nbs/10_data.rasters.ipynb #0000001e
 def _explicit(d, root, mods, targets, anchor, file):
     "A `Scene` from an entry of `scenes`"
-    check_keys(d, ('name', 'group', 'label', 'split', 'rasters', 'targets'), 'scene', file)
+    check_keys(d, ('name', 'group', 'label', 'labels', 'split', 'rasters', 'targets'), 'scene', file)
     for k in ('name', 'rasters'):
         if not d.get(k): raise DataError(f"a scene has no '{k}': {d}", file)
     name = str(d['name'])
@@ -532,7 +545,8 @@ def _explicit(d, root, mods, targets, anchor, file):
         pick(t, targets, f'target of {what}', file)
         boxes = targets[t].kind == 'boxes'
         tgt[t] = parse_boxes(r, root, f'{what}: {t}', file) if boxes else parse_raster(r, root, None, f'{what}: {t}', file)[0]
-    return Scene(name, rasters, tgt, *(None if d.get(k) is None else str(d[k]) for k in ('label', 'group', 'split')))
+    return Scene(name, rasters, tgt, *(None if d.get(k) is None else str(d[k]) for k in ('label', 'group', 'split')),
+                 None if d.get('labels') is None else [str(c) for c in d['labels']])
 
 # %% ../../nbs/10_data.rasters.ipynb #00000020
 def grid_factors(scenes:Scenes # of which modalities and anchor matter

@@ -766,7 +766,9 @@ class Plan:
 def _signature(scenes): # what a re-run must find unchanged
     files = sorted({f.path for s in scenes.scenes for fs in [*s.rasters.values(), list(s.targets.values())] for f in fs})
     stat = lambda p: (os.path.getsize(p), os.stat(p).st_mtime_ns) if os.path.isfile(p) else ()
-    return sha256(repr([(f, *stat(f)) for f in files]).encode() + repr(scenes.scenes).encode()).hexdigest()[:16]
+    more = [s.labels for s in scenes.scenes]
+    said = repr(scenes.scenes) + (repr(more) if any(m is not None for m in more) else '')
+    return sha256(repr([(f, *stat(f)) for f in files]).encode() + said.encode()).hexdigest()[:16]
 
 # %% ../../nbs/11_data.tiles.ipynb #557cd439
 def _check_sizes(scenes, factors, tile, stride):
@@ -1009,6 +1011,9 @@ def _index(plan, ground, dealt, journal):
     label = [k[1] for k in kept] if L.label else [own[i] for i in scene]
     d = dict(tile=np.arange(len(ids)), scene=[scenes.scenes[i].name for i in scene], group=[scenes.scenes[i].group or '' for i in scene],
              row=rc[:, 0], col=rc[:, 1], split=[SPLITS[s] for s in dealt.split[ids]], label=label)
+    if any(s.labels is not None for s in scenes.scenes):
+        own = ['-' if s.labels is None else ' '.join(str(scenes.classes.index(c)) for c in s.labels) for s in scenes.scenes]
+        d['labels'] = [own[i] for i in scene]                       # numbers of the classes; '-': unknown
     for k, (m, f) in enumerate(L.factors.items()): d[f'valid_{m}'] = np.round([o[2][k]/(L.tile//f)**2 for o in kept], 4)
     for k, (m, f) in enumerate(L.factors.items()): d[f'full_{m}'] = np.array([o[2][k] == (L.tile//f)**2 for o in kept])
     return pd.DataFrame(d), _outlines(plan, scene, rc)
@@ -1100,7 +1105,7 @@ def _finish(out, plan, ground, dealt, journal, chunk, crew, asked):
     _write(out/'store.json', json.dumps(dict(version=VERSION, package=f'rs_selfsup {__version__}', tiles=len(index), anchor=L.anchor,
         modalities={k: m.to_dict() for k, m in L.modalities.items()}, factors=L.factors, dtypes=L.dtypes, tile=L.tile,
         tile_size={k: [L.tile//f]*2 for k, f in L.factors.items()}, targets=specs, tile_label=L.label, classes=list(plan.scenes.classes),
-        seed=asked['seed'], chunk=per, validity_files=there, asked=asked), indent=1))
+        **({'several': True} if 'labels' in index else {}), seed=asked['seed'], chunk=per, validity_files=there, asked=asked), indent=1))
     _metadata(out, L, index, per)
 
 # %% ../../nbs/11_data.tiles.ipynb #00000069
@@ -1127,12 +1132,13 @@ def make_report(plan, # `Plan`
     side = dealt.side[np.isfinite(dealt.side)]*ground.size[np.isfinite(dealt.side)]
     missing = {k: int((index[f'valid_{k}'] == 0).sum()) for k in plan.layout.modalities}
     given = sum(plan.scenes.scenes[i].split is not None for i in plan.places)
+    unknown = index.labels == '-' if 'labels' in index else index.label < 0
     return dict(tiles=len(index), given=given, candidates=len(ground.scene), splits={k: int((index.split == k).sum()) for k in SPLITS}, seed=asked['seed'],
                 left_out=dict(buffer=sum(r['buffer'] for r in rows), few_valid=sum(r['few_valid'] for r in rows),
                               failed_scenes=len(journal.failed), too_small_scenes=sum(r['too_small'] for r in rows)),
                 failed={names[i]: why for i, why in sorted(journal.failed.items())}, missing_modality={k: n for k, n in missing.items() if n},
                 block=[round(float(v), 2) for v in (side.min(), side.max())] if len(side) else None, blocks=len(set(dealt.block.tolist())),
-                min_valid=asked['min_valid'], unlabelled=int((index.label < 0).sum()) if plan.scenes.classes else None, scenes=rows)
+                min_valid=asked['min_valid'], unlabelled=int(unknown.sum()) if plan.scenes.classes else None, scenes=rows)
 
 # %% ../../nbs/11_data.tiles.ipynb #0000006a
 def _covered(starts, t): # length of the union of [s, s + t)
@@ -1203,10 +1209,17 @@ class TileStore:
         self._boxes = {k: self._load_boxes(k) for k, t in self.targets.items() if t.kind == 'boxes'}
         if check: self._check_files()
         self._label = self._column('label', np.int64)
+        self.labels = _many(self.index['labels'], len(self.classes)) if d.get('several') else None
         self._full = {k: self._column(f'full_{k}', bool) for k in self.modalities}
 
     def __len__(self): return self._n
     def __getstate__(self): return {**self.__dict__, '_index': None, '_report': None}
+
+# %% ../../nbs/11_data.tiles.ipynb #915dcce5
+def _many(texts, k): # '0 3' -> 1 at 0 and 3, else 0; '-' -> -1 everywhere
+    out = np.zeros((len(texts), k), np.int8)
+    for row, text in zip(out, texts): row[[int(i) for i in text.split()] if text != '-' else slice(None)] = -1 if text == '-' else 1
+    return out
 
 # %% ../../nbs/11_data.tiles.ipynb #cd64c708
 @patch
@@ -1280,7 +1293,7 @@ def _ids(self:TileStore, ids):
 def read(self:TileStore,
          ids, # (B,) tile ids, any order, repeats allowed
          targets:bool=True # read the targets too
-        ) -> dict: # images, valid, targets: dicts of arrays; label: (B,) int64, -1 = none
+        ) -> dict: # images, valid, targets: dicts of arrays; label: (B,) int64, -1 = none, or (B, K) of 1, 0, -1 = unknown
     "A batch: images (B, C, h, w) as stored, valid (B, 1, h, w) bool or None where every tile is full, targets (B, H, W), boxes (B, M, 6)"
     ids, valid = self._ids(ids), {}
     for k, full in self._full.items():
@@ -1290,8 +1303,9 @@ def read(self:TileStore,
         valid[k] = np.ones((len(ids), 1, *f.shape), bool)
         for i in holes.tolist(): f.take(ids[i:i + 1], valid[k][i])
     dense = {k: self._files[f'target_{k}'].take(ids) for k in (self.targets if targets else ()) if k not in self._boxes}
+    label = (self._label if self.labels is None else self.labels)[ids].astype(np.int64)
     return dict(images={k: self._files[k].take(ids) for k in self.modalities}, valid=valid,
-                targets={**dense, **{k: self.boxes(k, ids) for k in (self._boxes if targets else ())}}, label=self._label[ids])
+                targets={**dense, **{k: self.boxes(k, ids) for k in (self._boxes if targets else ())}}, label=label)
 
 # %% ../../nbs/11_data.tiles.ipynb #aeb12f10
 @patch
@@ -1338,11 +1352,11 @@ def to_xarray(self:TileStore): # -> `xarray.Dataset`, read on demand
 # %% ../../nbs/11_data.tiles.ipynb #3ce1f2b9
 @patch(as_prop=True)
 def index(self:TileStore):
-    "Property, a table: tile, scene, group, row, col, split, label, valid_<modality>, full_<modality>, boxes_<target>"
+    "Property, a table: tile, scene, group, row, col, split, label, labels (where tiles have several), valid_<modality>, full_<modality>, boxes_<target>"
     if self._index is None:
         import pandas as pd
         p = self.path/'index.csv'
-        text = dict(scene=str, group=str, split=str)
+        text = dict(scene=str, group=str, split=str, labels=str)
         try: d, raw = pd.read_csv(p, dtype=text, keep_default_na=False), p.read_bytes()[-1:]
         except (OSError, ValueError): d, raw = (), b''
         if len(d) != self._n or raw != b'\n':
@@ -1381,7 +1395,8 @@ def show(self:TileStore,
         col = lambda v: np.array(v, np.float32)[:, None, None]
         images = {k: x[0]*col(self.modalities[k].scales) + col(self.modalities[k].offsets) for k, x in b['images'].items()}
         valid = {k: None if v is None else v[0, 0] for k, v in b['valid'].items()}
-        label = f", {self.classes[b['label'][0]]}" if b['label'][0] >= 0 else ''
+        holds = b['label'][b['label'] >= 0] if self.labels is None else np.flatnonzero(b['label'][0] == 1)
+        label = ''.join(f', {self.classes[k]}' for k in holds)
         show_modalities(images, self.modalities, valid, row, f"{i} {self.index.split[i]}{label}\n")
         for k in self._boxes:
             for m, ax in zip(images, row): show_boxes(self.boxes(k, [i])[0], ax, self.targets[k].colors, self.layout.factors[m])

@@ -124,14 +124,16 @@ MODELS["classification"] = ClassificationModel
 def find(
     cls: ClassificationModel,
     store,  # `TileStore`
-    target: str | None,  # mask target; None: the tiles' own label, or with `multilabel` the only mask
+    target: str | None,  # mask target; None: the tiles' own label or labels, or with `multilabel` the only mask
     kw: dict,  # the model's own settings
 ) -> tuple:  # name or None, `TargetSpec`
     "What holds the classes"
-    if target is not None or kw.get("multilabel"):
+    if target is not None or (kw.get("multilabel") and store.labels is None):
         name = find_target(store, cls.kind, target)
         return name, store.targets[name]
-    if not store.classes or not (store.index["label"] >= 0).any():
+    if store.labels is not None and not kw.get("multilabel"):
+        raise DataError("tiles of this store have several labels", store.path, fix="Write multilabel=True, or name a mask target by `target`.")
+    if not store.classes or not ((store.index["label"] >= 0).any() if store.labels is None else (store.labels >= 0).any()):
         fix = "Give the scenes a label or a tile_label and build again, or name a mask target by `target`."
         raise DataError("no tile has a label", store.path, fix=fix)
     mask = store.targets.get(store.layout.label)
@@ -165,7 +167,9 @@ def truth(
 ) -> Tensor:  # (B,) class, or (B, K) labels; -1 where nothing is known or no sensor has data
     "What a batch should give"
     seen = self.seen(batch)
-    if target is None: return batch.label if seen is None else batch.label.masked_fill(~seen.flatten(1).any(1), -1)
+    if target is None:
+        blind = None if seen is None else ~seen.flatten(1).any(1)
+        return batch.label if blind is None else batch.label.masked_fill(blind[:, None] if self.multilabel else blind, -1)
     mask = batch.targets[target].long()
     if seen is not None: mask = mask.masked_fill(~seen, IGNORE)
     return tile_classes(mask, len(self.classes), self.present, self.multilabel)
@@ -180,6 +184,7 @@ def store_classes(
     bs: int = 64,  # tiles at a time
 ) -> Tensor:  # (n,) or (n, K) as from `tile_classes`
     "Labels of a store's tiles; a `DataError` for a class id beyond them"
+    if target is None and multilabel: return torch.from_numpy(store.labels[np.asarray(ids)].astype(np.int64))
     classes, parts, what = store.classes if target is None else store.targets[target].classes, [], target or "label"
     for at in range(0, len(ids), bs):
         some = ids[at : at + bs]
@@ -199,9 +204,9 @@ class ClassificationLearner(TaskLearner):
         self,
         dls,  # `dataloaders(store)`
         encoder,  # encoder, file of `export_encoder`, or timm name: from scratch
-        target: str | None = None,  # mask target; None: the tiles' own label, or with `multilabel` the only mask
+        target: str | None = None,  # mask target; None: the tiles' own label or labels, or with `multilabel` the only mask
         decoder: str = "linear",  # or 'attention'
-        multilabel: bool = False,  # all classes that are present in the mask target
+        multilabel: bool = False,  # several classes may hold: the tiles' own labels, else all that are present in the mask target
         balance: float = 0.5,  # of the classes: 0 all alike, 1 inverse to their share
         **kw,  # of `TaskLearner`, the model (present, smoothing) and the head (pool, dropout, heads)
     ):
