@@ -18,12 +18,12 @@ from rs_selfsup.losses.dense import IGNORE
 from rs_selfsup.metrics import ChangeMetrics, ClassificationMetrics, DepthMetrics, SegmentationMetrics
 
 SETS = [
-    ("runs/eurosat/store", "classification", "label"),
-    ("runs/flair/blocks", "segmentation", "landcover"),
-    ("runs/flair/scenes", "segmentation", "landcover"),
-    ("runs/flair/blocks", "height", "above_ground"),
-    ("runs/flair/scenes", "height", "above_ground"),
-    ("runs/neon/store", "height", "canopy"),
+    ("runs/eurosat", "classification", "label"),
+    ("runs/flair_blocks", "segmentation", "landcover"),
+    ("runs/flair_scenes", "segmentation", "landcover"),
+    ("runs/flair_blocks", "height", "above_ground"),
+    ("runs/flair_scenes", "height", "above_ground"),
+    ("runs/neon", "height", "canopy"),
     ("runs/levir", "change", "change"),
     ("runs/dsifn", "change", "change"),
 ]
@@ -84,8 +84,7 @@ def main():
     p.add_argument("--out", type=Path, default=Path("real_baselines.csv"))
     out, rows = p.parse_args().out, []
     for path, task, target in SETS:
-        store, p = TileStore(path), Path(path)
-        about = dict(store=p.parent.name if p.name == "store" else p.name, task=task)
+        store, about = TileStore(path), dict(store=Path(path).name, task=task)
         about |= {s: len(store.split(s)) for s in ("train", "val", "test")}
         for name, scores in baselines(path, task, target):
             rows.append(about | dict(what=name, scores=json.dumps({k: float(v) for k, v in scores.items()})))
