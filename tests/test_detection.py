@@ -278,6 +278,17 @@ def test_boxes_of_upright_detectors_are_those_around_turned_ones():
     assert metric.compute()["AP50:95"] == 1 and (rotated_iou(truth["boxes"], truth["boxes"]).diagonal() > 0.999).all()
 
 
+def test_levels_of_an_encoder_of_another_pixel_size():
+    "Cells are counted in pixels of the boxes, whatever the encoder was pre-trained on"
+    here = make_model("fcos")
+    far = create_encoder("test_resnet", {"rgb": preset("rgb", 2.0)}, "rgb")
+    stats = {"rgb": dict(mean=[0.0] * 3, std=[1.0] * 3, p01=[0.0] * 3, p99=[1.0] * 3)}
+    model = DetectionModel(far, Normalize({"rgb": preset("rgb", 0.5)}, stats), 2, 0.5, 64, decoder="fcos", width=32, classes=["a", "b"])
+    near = create_encoder("test_resnet", {"rgb": preset("rgb", 0.5)}, "rgb")
+    same = DetectionModel(near, Normalize({"rgb": preset("rgb", 0.5)}, stats), 2, 0.5, 64, decoder="fcos", width=32, classes=["a", "b"])
+    assert model.head.strides == same.head.strides and here.head.strides[0] <= 8
+
+
 @pytest.mark.data
 def test_cars_and_houses(real_data, root, tmp_path, monkeypatch):
     monkeypatch.setenv("RS_SELFSUP_DATA", str(real_data))

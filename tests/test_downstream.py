@@ -54,6 +54,18 @@ def train(learn, epochs=1, **kw):
     return learn
 
 
+def test_an_encoder_of_another_pixel_size(store, tmp_path):
+    "Pre-trained on coarser pixels: maps, losses and the model file go by the pixels of the task's store"
+    here = store.modalities["rgb"]
+    far = create_encoder("vit_tiny_patch16_224", {"rgb": here.replace(gsd=3 * here.gsd)}, "rgb", patch_size=8, **NET)
+    learn = train(make(store, encoder=far))
+    assert learn.validate("val")["mIoU"] > 0
+    batch = learn.dls.train.one_batch()[0]
+    assert learn.task_model(batch).shape[-2:] == batch.images["rgb"].shape[-2:] == learn.method.truth(batch).shape[-2:]
+    model = load_model(save_model(learn.task_model, tmp_path / "model.safetensors"))
+    assert model.modalities["rgb"].gsd == here.gsd == model.gsd and model.encoder.modalities["rgb"].gsd == 3 * here.gsd
+
+
 class Kill(Callback):
     "The machine stops in the middle of a step"
     order = 19

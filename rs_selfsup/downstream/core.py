@@ -83,8 +83,8 @@ class TaskModel(nn.Module):
 
     @property
     def modalities(self) -> dict:  # name -> `Modality`
-        "The sensors it reads"
-        return {m: self.encoder.modalities[m] for m in self.features.modalities}
+        "The sensors it reads, as the store of the task has them: the encoder may know them at another pixel size"
+        return {m: self.normalize.modalities[m] for m in self.features.modalities}
 
     def train(self, mode: bool = True):
         "A frozen encoder stays in evaluation mode: no dropout, no moving statistics"
@@ -115,7 +115,7 @@ def stems(
 def size(self: TaskModel, images: dict) -> tuple:  # (H, W) of the map, px
     "How large the map of these images is"
     m = self.features.modalities[0]
-    return tuple(round(n * self.encoder.modalities[m].gsd / self.gsd) for n in images[m].shape[-2:])
+    return tuple(round(n * self.normalize.modalities[m].gsd / self.gsd) for n in images[m].shape[-2:])
 
 
 @patch

@@ -44,7 +44,8 @@ class DetectionModel(TaskModel):
 
     def make_head(self, decoder, dims, outputs, **kw):
         f, e = self.features, self.features.encoder
-        scale = e.modalities[e.anchor].gsd / self.gsd  # the encoder counts in pixels of its own anchor
+        known, m = e.modalities, f.modalities[0]
+        scale = known[e.anchor].gsd / known[m].gsd * self.normalize.modalities[m].gsd / self.gsd  # the encoder counts in pixels of its own anchor
         return create_detector(decoder, dims, [s * scale for s in f.strides], outputs, **kw)
 
     @classmethod
