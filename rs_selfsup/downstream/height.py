@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .core import MODELS, TaskLearner, TaskModel, heat
-from ..losses.dense import gradient, l1, silog
+from ..losses.dense import gradient, l1, l2, silog
 from ..metrics import DepthMetrics
 from ..modalities import DataError
 
@@ -29,7 +29,7 @@ class HeightModel(TaskModel):
         outputs: int,  # 1
         gsd: float,  # metres per pixel of the map
         tile: int,  # side of its tiles, px
-        weights: dict | None = None,  # of the loss terms; None: dict(silog=10, l1=1, gradient=.5)
+        weights: dict | None = None,  # of the loss terms silog, l1, l2, gradient; None: dict(silog=10, l1=1, gradient=.5)
         scale: float = 5.0,  # metres that the head's 1 stands for
         **kw,  # of `TaskModel`
     ):
@@ -54,7 +54,7 @@ class HeightModel(TaskModel):
     def losses(self, out: Tensor, batch, target: Tensor) -> dict:  # term -> scalar
         "Terms with a weight"
         y, ok = target[:, None], target.isfinite()[:, None]
-        return {k: f(out, y, ok) for k, f in dict(silog=silog, l1=l1, gradient=gradient).items() if self.weights.get(k)}
+        return {k: f(out, y, ok) for k, f in dict(silog=silog, l1=l1, l2=l2, gradient=gradient).items() if self.weights.get(k)}
 
     def metric(self): return DepthMetrics(least=1.0)
 
