@@ -69,10 +69,12 @@ def test_variants_of_a_method_get_their_own_settings(monkeypatch, tmp_path, how)
     monkeypatch.setattr(compare, "compare", lambda store, out, methods, base, own, *a: seen.update(methods=methods, base=base, own=own) or stop())
     argv = ["compare", "store", str(tmp_path)]
     if how == "flags":
-        argv += ["--methods", "full=cmid", "mssdf", "--set", "embed_dim=96", "full.weights.rec=0", "full.block=16", "--each", "--scenes", "a.yaml", "--tiles", "tile=32"]
+        argv += ["--methods", "full=cmid", "mssdf", "--set", "embed_dim=96", "full.weights.rec=0", "full.block=16", "--each"]
+        argv += ["--scenes", "a.yaml", "--tiles", "tile=32"]
     else:
         file = tmp_path / "c.toml"
-        file.write_text('methods = ["full=cmid", "mssdf"]\neach = true\nscenes = "a.yaml"\n[tiles]\ntile = 32\n[settings]\nembed_dim = 96\n[settings.full]\n"weights.rec" = 0\nblock = 16\n')
+        file.write_text('methods = ["full=cmid", "mssdf"]\neach = true\nscenes = "a.yaml"\n[tiles]\ntile = 32\n'
+                        '[settings]\nembed_dim = 96\n[settings.full]\n"weights.rec" = 0\nblock = 16\n')
         argv += ["--config", str(file)]
     assert cli.main(argv) == 2
     assert seen["made"] == (Path("store"), "a.yaml", dict(tile=32))
