@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROBE', 'MEASURES', 'OF_TRIAL', 'Trial', 'splits_with_tiles', 'make_learner', 'epochs_in', 'seconds_per_step',
            'finished', 'peak_memory', 'peak_rss', 'leave_files', 'train_and_read', 'read_all', 'Counter', 'run_trial',
-           'run_trials', 'all_labels', 'margins', 'verdict', 'left_out', 'with_intervals', 'plot_methods',
+           'in_sight', 'run_trials', 'all_labels', 'margins', 'verdict', 'left_out', 'with_intervals', 'plot_methods',
            'read_measures', 'own_trial', 'compare', 'made_store']
 
 # %% ../nbs/64_compare.ipynb #00000003
@@ -224,6 +224,14 @@ def run_trial(
     rows.to_csv(out / "rows.csv", index=False)
     return rows
 
+# %% ../nbs/64_compare.ipynb #a026ad4c
+def in_sight(
+    store: TileStore,  # perhaps opened with some of its modalities
+    t: Trial,  # that may name modalities itself
+) -> Trial:
+    "The trial sees no more than the store that was given: another process opens the folder anew."
+    return t if t.modalities or len(store.modalities) == len(store.about["modalities"]) else replace(t, modalities=list(store.modalities))
+
 # %% ../nbs/64_compare.ipynb #00000013
 def run_trials(
     store: TileStore,  # with labels in train, val and test
@@ -233,7 +241,7 @@ def run_trials(
     progress: bool = True,  # show a bar
 ) -> pd.DataFrame:
     "Rows of all trials; every trial in `out/method_seed`."
-    jobs = [(store.path, Path(out) / t.name, t) for t in trials]
+    jobs = [(store.path, Path(out) / t.name, in_sight(store, t)) for t in trials]
     if len({j[1] for j in jobs}) < len(jobs):
         raise DataError("two trials of the same method and seed", file=out, fix="Run them into folders of their own, or give them labels.")
     if processes == 1:
@@ -398,7 +406,7 @@ def compare(
     base, out, store = base or Trial(), Path(out), store if isinstance(store, TileStore) else TileStore(store)
     names = methods if isinstance(methods, dict) else dict(zip(methods, methods))
     trials = [own_trial(base, k, m, s, (own or {}).get(k, {})) for k, m in names.items() for s in range(seeds)]
-    for t in trials[::seeds]: make_learner(TileStore(store.path, modalities=t.modalities), t)  # wrong settings end here
+    for t in trials[::seeds]: make_learner(TileStore(store.path, modalities=in_sight(store, t).modalities), t)  # wrong settings end here
     rows = run_trials(store, out, trials, processes, progress)
     rows.to_csv(out / "rows.csv", index=False)
     table = summarize(rows, by=("method", "features", "labels"))

@@ -356,6 +356,9 @@ def probe_table(
     "Rows of `probe` for the encoder and both baselines, at every fraction and seed."
     names = _names(modality, encoder.modalities)
     keys = dict(bs=bs, normalize=normalize, device=next(encoder.parameters()).device)
+    if store.labels is not None:
+        fix = "Probe them by `ClassificationLearner(multilabel=True)`, or `rs-selfsup finetune --task classification --set multilabel=true`."
+        raise DataError("its tiles have several labels", file=store.path, fix=fix)
     if not (store.index["label"] >= 0).any():
         raise DataError("no tile has a label", file=store.path, fix="Give the scenes a label or a tile_label target, and build again.")
     stats = split_features(store, lambda dl: band_statistics(dl, names), **keys)

@@ -12,6 +12,7 @@ import numpy as np, torch, torch.distributed as dist
 from torch import Tensor
 from .distributed import world
 from .modalities import DataError
+from fastcore.basics import patch
 
 # %% ../nbs/70_metrics.ipynb #00000006
 class StreamingMetric:
@@ -386,17 +387,6 @@ class DetectionMetrics(StreamingMetric):
 
     def _empty(self): return dict(truths=np.zeros(len(self.classes), np.int64), detections=[]) # (class, (d,) scores, (10, d) hits)
 
-    def _read(self, d, where, keys):
-        if missing := [k for k in keys if k not in d]: raise DataError(f'{where} has no {missing[0]!r}', fix=f'Give a dict with {", ".join(keys)}.')
-        boxes,labels = _sound(d['boxes'], where, self.rotated),_array(d['labels'])
-        for k in keys[1:]:
-            shape = tuple(_tensor(d[k]).shape)
-            if shape!=(len(boxes),): raise DataError(f'{where}: {len(boxes)} boxes, {k} of shape {shape}', fix='Give one for each box.')
-        wrong = (labels!=labels.round()) | (labels<0) | (labels>=len(self.classes))
-        if wrong.any(): raise DataError(f'{where}: label {labels[wrong][0]:g}, classes are 0 to {len(self.classes)-1}',
-                                        fix='Count classes from 0, without background.')
-        return boxes,labels.astype(int)
-
     def update(self,
         pred:list, # A dict for each image: boxes (d, 4 or 5) float, scores (d,) float, labels (d,) int; d may be 0
         target:list, # A dict for each image: boxes (g, 4 or 5) float, labels (g,) int; g may be 0
@@ -418,21 +408,37 @@ class DetectionMetrics(StreamingMetric):
         self.state['detections'] += found
         return self
 
-    def iou(self, a, b)->np.ndarray: # (N, M)
-        "IoU of boxes of this kind"
-        if self.rotated: return rotated_iou(a, b)
-        from torchvision.ops import box_iou # slow to import, and only needed here
-        return box_iou(torch.from_numpy(a), torch.from_numpy(b)).numpy()
-
-    def precision(self)->np.ndarray: # (10, C, 101) at `IOUS` and `RECALLS`; nan for a class without a true box
-        "Interpolated precision of every threshold and class, for curves"
-        out = np.full((len(IOUS), len(self.classes), len(RECALLS)), np.nan)
-        for c,n in enumerate(self.state['truths']):
-            mine = [(s, h) for k,s,h in self.state['detections'] if k==c]
-            if n and mine: out[:,c] = _precision(np.concatenate([s for s,_ in mine]), np.concatenate([h for _,h in mine], 1), n)
-            elif n: out[:,c] = 0
-        return out
-
     def compute(self)->dict:
         ap = self.precision().mean(-1)
         return _floats(**{'AP50':_mean(ap[0]), 'AP75':_mean(ap[5]), 'AP50:95':_mean(ap)}, **{f'AP50/{c}':x for c,x in zip(self.classes, ap[0])})
+
+# %% ../nbs/70_metrics.ipynb #7bb81cc4
+@patch
+def _read(self:DetectionMetrics, d, where, keys):
+    if missing := [k for k in keys if k not in d]: raise DataError(f'{where} has no {missing[0]!r}', fix=f'Give a dict with {", ".join(keys)}.')
+    boxes,labels = _sound(d['boxes'], where, self.rotated),_array(d['labels'])
+    for k in keys[1:]:
+        shape = tuple(_tensor(d[k]).shape)
+        if shape!=(len(boxes),): raise DataError(f'{where}: {len(boxes)} boxes, {k} of shape {shape}', fix='Give one for each box.')
+    wrong = (labels!=labels.round()) | (labels<0) | (labels>=len(self.classes))
+    if wrong.any(): raise DataError(f'{where}: label {labels[wrong][0]:g}, classes are 0 to {len(self.classes)-1}',
+                                    fix='Count classes from 0, without background.')
+    return boxes,labels.astype(int)
+
+# %% ../nbs/70_metrics.ipynb #52d506ef
+@patch
+def iou(self:DetectionMetrics, a, b)->np.ndarray: # (N, M)
+    "IoU of boxes of this kind"
+    if self.rotated: return rotated_iou(a, b)
+    from torchvision.ops import box_iou # slow to import, and only needed here
+    return box_iou(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+
+@patch
+def precision(self:DetectionMetrics)->np.ndarray: # (10, C, 101) at `IOUS` and `RECALLS`; nan for a class without a true box
+    "Interpolated precision of every threshold and class, for curves"
+    out = np.full((len(IOUS), len(self.classes), len(RECALLS)), np.nan)
+    for c,n in enumerate(self.state['truths']):
+        mine = [(s, h) for k,s,h in self.state['detections'] if k==c]
+        if n and mine: out[:,c] = _precision(np.concatenate([s for s,_ in mine]), np.concatenate([h for _,h in mine], 1), n)
+        elif n: out[:,c] = 0
+    return out

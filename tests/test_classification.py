@@ -16,6 +16,7 @@ from rs_selfsup.data.tiles import TileStore, build_store
 from rs_selfsup.downstream.classification import ClassificationLearner, store_classes, tile_classes
 from rs_selfsup.downstream.core import load_model, save_model
 from rs_selfsup.downstream.height import HeightLearner
+from rs_selfsup.evaluate import probe_table
 from rs_selfsup.export import export_encoder
 from rs_selfsup.inference import predict_array, predict_scene
 from rs_selfsup.data.rasters import load_scenes
@@ -265,6 +266,7 @@ def test_several_labels_of_a_dataset(several):
     assert learn.validate()["mAP"] > before + 0.2
     with pytest.raises(DataError, match="several labels.*multilabel=True"):
         ClassificationLearner(dataloaders(store, bs=6), enc)
+    with pytest.raises(DataError, match="several labels.*multilabel"): probe_table(enc, store)
 
 
 def test_patches_without_a_list_of_labels(several):

@@ -23,7 +23,8 @@ def alone(folder, bs, accumulate=1):
     return learn
 
 
-def test_two_processes_are_one(tmp_path, accumulate=3):  # one batch a step: the test of MSSDF below
+@pytest.mark.parametrize('accumulate', [1, 3])
+def test_two_processes_are_one(tmp_path, accumulate):
     one = alone(tmp_path / 'one', 8, accumulate)
     said = launch(2, tmp_path / 'two', '--bs', 4, '--samples', 24, '--epochs', 2, '--plain', '--out', tmp_path / 'out', '--accumulate', accumulate)
     a, b = (torch.load(f'{tmp_path}/out.{r}', weights_only=True) for r in (0, 1))

@@ -1218,7 +1218,9 @@ class TileStore:
 # %% ../../nbs/11_data.tiles.ipynb #915dcce5
 def _many(texts, k): # '0 3' -> 1 at 0 and 3, else 0; '-' -> -1 everywhere
     out = np.zeros((len(texts), k), np.int8)
-    for row, text in zip(out, texts): row[[int(i) for i in text.split()] if text != '-' else slice(None)] = -1 if text == '-' else 1
+    for row, text in zip(out, texts):
+        if text == '-': row[:] = -1
+        else: row[[int(i) for i in text.split()]] = 1
     return out
 
 # %% ../../nbs/11_data.tiles.ipynb #cd64c708

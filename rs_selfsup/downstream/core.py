@@ -74,23 +74,29 @@ class TaskModel(nn.Module):
         for p in self.stems(unused): p.requires_grad_(False)
         if frozen: encoder.requires_grad_(False)
 
-    def make_head(self, decoder, dims, outputs, **kw):
-        "What is put on the maps"
-        return create_decoder(decoder, dims, self.features.strides, outputs, **kw)
+# %% ../../nbs/75_downstream.core.ipynb #7ca42272
+@patch
+def make_head(self: TaskModel, decoder, dims, outputs, **kw):
+    "What is put on the maps"
+    return create_decoder(decoder, dims, self.features.strides, outputs, **kw)
 
-    @property
-    def encoder(self): return self.features.encoder
 
-    @property
-    def modalities(self) -> dict:  # name -> `Modality`
-        "The sensors it reads, as the store of the task has them: the encoder may know them at another pixel size"
-        return {m: self.normalize.modalities[m] for m in self.features.modalities}
+@patch(as_prop=True)
+def encoder(self: TaskModel): return self.features.encoder
 
-    def train(self, mode: bool = True):
-        "A frozen encoder stays in evaluation mode: no dropout, no moving statistics"
-        super().train(mode)
-        if self.frozen: self.encoder.eval()
-        return self
+
+@patch(as_prop=True)
+def modalities(self: TaskModel) -> dict:  # name -> `Modality`
+    "The sensors it reads, as the store of the task has them: the encoder may know them at another pixel size"
+    return {m: self.normalize.modalities[m] for m in self.features.modalities}
+
+# %% ../../nbs/75_downstream.core.ipynb #c6f1c140
+@patch
+def train(self: TaskModel, mode: bool = True):
+    "A frozen encoder stays in evaluation mode: no dropout, no moving statistics"
+    nn.Module.train(self, mode)
+    if self.frozen: self.encoder.eval()
+    return self
 
 
 def rgb(

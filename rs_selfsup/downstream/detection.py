@@ -203,42 +203,7 @@ def draw_boxes(
     "Outlines of boxes on a picture drawn by `imshow(..., extent=(0, W, H, 0))`"
     for q in box_corners(as_rotated(torch.as_tensor(boxes).float())).numpy(): ax.plot(*np.r_[q, q[:1]].T, **kw)
 
-
-@patch
-def show_results(
-    self: DetectionLearner,
-    split: str = "val",  # whose tiles
-    ids=None,  # tile numbers; None: those of the split with most boxes
-    max_n: int = 4,  # tiles
-    least: float = 0.3,  # score from which on a detection is drawn
-    dpi: int = 80,  # of the figure
-    side: float = 2.6,  # of a picture, inches
-):
-    "True boxes and detections of a few tiles; the figure"
-    import matplotlib.pyplot as plt
-
-    model, store, name = self.task_model, self.dls.store, self.method.target
-    if ids is None:
-        all_ = np.asarray(store.split(split))
-        ids = all_[(store.boxes(name, all_)[..., 0] >= 0).sum(1).argsort(kind="stable")[::-1][:max_n]]
-    batch = next(iter(self.tiles(None, len(ids), list(ids)))).to(next(self.model.parameters()).device)
-    was = model.training
-    model.eval()
-    try:
-        with torch.no_grad(): found = model.predict(batch)
-    finally: model.train(was)
-    columns, (H, W) = list(_images(model, batch)), model.size(batch.images)
-    fig, axs = plt.subplots(len(columns), len(ids), figsize=(side * len(ids), side * len(columns) + 0.2), dpi=dpi, squeeze=False, layout="constrained")
-    truth = true_boxes(self.method.truth(batch).cpu())
-    for (title, images), row in zip(columns, axs):
-        for ax, image, d, t in zip(row, images, found, truth):
-            ax.imshow(image, interpolation="nearest", extent=(0, W, H, 0)), ax.set_axis_off()
-            draw_results(ax, {k: v.cpu() for k, v in d.items()}, t, model.rotated, least)
-            ax.set(xlim=(0, W), ylim=(H, 0))
-        row[0].set_title(title, fontsize=9)
-    return fig
-
-
+# %% ../../nbs/80_downstream.detection.ipynb #b525fcd3
 def draw_results(
     ax,  # of matplotlib
     found: dict,  # boxes, scores, labels
@@ -256,3 +221,46 @@ def draw_results(
     for flag, name in ((seen, "found"), (~seen, "missed")): draw_boxes(ax, true[torch.from_numpy(flag)], color=COLORS[name], lw=2)
     for flag, color in ((hit >= 0, "w"), (hit == -1, COLORS["false"]), (hit == -2, COLORS["ignored"])):
         draw_boxes(ax, found["boxes"][torch.from_numpy(flag)], color=color, lw=1)
+
+# %% ../../nbs/80_downstream.detection.ipynb #167aaf67
+@patch
+def _fullest(self: DetectionLearner, split, n):  # numbers of the tiles with most boxes
+    ids, store = np.asarray(self.dls.store.split(split)), self.dls.store
+    return ids[(store.boxes(self.method.target, ids)[..., 0] >= 0).sum(1).argsort(kind="stable")[::-1][:n]]
+
+
+@patch
+def _found(self: DetectionLearner, ids):  # a batch of tiles, and what the model finds in it
+    batch, model = next(iter(self.tiles(None, len(ids), list(ids)))).to(next(self.model.parameters()).device), self.task_model
+    was = model.training
+    model.eval()
+    try:
+        with torch.no_grad(): return batch, model.predict(batch)
+    finally: model.train(was)
+
+# %% ../../nbs/80_downstream.detection.ipynb #6d445857
+@patch
+def show_results(
+    self: DetectionLearner,
+    split: str = "val",  # whose tiles
+    ids=None,  # tile numbers; None: those of the split with most boxes
+    max_n: int = 4,  # tiles
+    least: float = 0.3,  # score from which on a detection is drawn
+    dpi: int = 80,  # of the figure
+    side: float = 2.6,  # of a picture, inches
+):
+    "True boxes and detections of a few tiles; the figure"
+    import matplotlib.pyplot as plt
+
+    model, ids = self.task_model, self._fullest(split, max_n) if ids is None else ids
+    batch, found = self._found(ids)
+    columns, (H, W) = list(_images(model, batch)), model.size(batch.images)
+    fig, axs = plt.subplots(len(columns), len(ids), figsize=(side * len(ids), side * len(columns) + 0.2), dpi=dpi, squeeze=False, layout="constrained")
+    truth = true_boxes(self.method.truth(batch).cpu())
+    for (title, images), row in zip(columns, axs):
+        for ax, image, d, t in zip(row, images, found, truth):
+            ax.imshow(image, interpolation="nearest", extent=(0, W, H, 0)), ax.set_axis_off()
+            draw_results(ax, {k: v.cpu() for k, v in d.items()}, t, model.rotated, least)
+            ax.set(xlim=(0, W), ylim=(H, 0))
+        row[0].set_title(title, fontsize=9)
+    return fig
