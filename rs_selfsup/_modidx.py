@@ -2624,5 +2624,6 @@ d = { 'settings': { 'branch': 'main',
                                  'rs_selfsup.show.hillshade': ('show.html#hillshade', 'rs_selfsup/show.py'),
                                  'rs_selfsup.show.ramp_colors': ('show.html#ramp_colors', 'rs_selfsup/show.py'),
                                  'rs_selfsup.show.show_modalities': ('show.html#show_modalities', 'rs_selfsup/show.py'),
+                                 'rs_selfsup.show.show_table': ('show.html#show_table', 'rs_selfsup/show.py'),
                                  'rs_selfsup.show.stretch': ('show.html#stretch', 'rs_selfsup/show.py'),
                                  'rs_selfsup.show.to_rgb': ('show.html#to_rgb', 'rs_selfsup/show.py')}}}
