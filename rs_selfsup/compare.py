@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PROBE', 'MEASURES', 'OF_TRIAL', 'Trial', 'splits_with_tiles', 'make_learner', 'epochs_in', 'seconds_per_step',
            'finished', 'peak_memory', 'peak_rss', 'leave_files', 'train_and_read', 'read_all', 'Counter', 'run_trial',
-           'in_sight', 'run_trials', 'all_labels', 'margins', 'verdict', 'left_out', 'with_intervals', 'plot_methods',
-           'read_measures', 'own_trial', 'compare', 'made_store']
+           'in_sight', 'run_trials', 'all_labels', 'margins', 'verdict', 'left_out', 'with_intervals', 'by_labels',
+           'plot_methods', 'read_measures', 'own_trial', 'compare', 'made_store']
 
 # %% ../nbs/64_compare.ipynb #00000003
 import json
+import math
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -332,9 +333,24 @@ def with_intervals(
     scores=("knn", "linear"),  # columns that have a 'lo' and a 'hi' beside them
     digits: int = 3,  # behind the point
 ) -> pd.DataFrame:  # the scores as text
-    "Each score with its 95 % interval: '0.541 (0.520 to 0.563)'."
-    one = lambda r, s: f"{r[s]:.{digits}f} ({r[f'{s} lo']:.{digits}f} to {r[f'{s} hi']:.{digits}f})"
+    "Each score with its 95 % interval: '0.541 (0.520 to 0.563)'; of a single seed, the score alone."
+    def one(r, s):
+        lo, hi = r[f"{s} lo"], r[f"{s} hi"]
+        return f"{r[s]:.{digits}f}" + (f" ({lo:.{digits}f} to {hi:.{digits}f})" if math.isfinite(hi - lo) else "")
+
     return table.assign(**{s: [one(r, s) for _, r in table.iterrows()] for s in scores}).drop(columns=[f"{s} {e}" for s in scores for e in ("lo", "hi")])
+
+# %% ../nbs/64_compare.ipynb #a835b822
+def by_labels(
+    table: pd.DataFrame,  # of `compare`
+    score: str = "linear",  # or 'knn'
+    rows=("method", "features"),  # columns that name a row
+    digits: int = 3,  # behind the point
+) -> pd.DataFrame:  # in the order of `table`
+    "A score with its interval, a column for each share of the training labels."
+    rows, t = list(rows), with_intervals(table, [score], digits)
+    wide = t.pivot(index=rows, columns="labels", values=score).rename(columns=lambda f: f"{score}, {100 * f:g} % of labels")
+    return t[rows].drop_duplicates().merge(wide.reset_index(), on=rows)
 
 # %% ../nbs/64_compare.ipynb #00000018
 def plot_methods(
