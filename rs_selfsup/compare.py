@@ -333,10 +333,10 @@ def with_intervals(
     scores=("knn", "linear"),  # columns that have a 'lo' and a 'hi' beside them
     digits: int = 3,  # behind the point
 ) -> pd.DataFrame:  # the scores as text
-    "Each score with its 95 % interval: '0.541 (0.520 to 0.563)'; of a single seed, the score alone."
+    "Each score with its 95 % interval: '0.541 (0.520 to 0.563)'; the score alone of a single seed and where all agree."
     def one(r, s):
         lo, hi = r[f"{s} lo"], r[f"{s} hi"]
-        return f"{r[s]:.{digits}f}" + (f" ({lo:.{digits}f} to {hi:.{digits}f})" if math.isfinite(hi - lo) else "")
+        return f"{r[s]:.{digits}f}" + (f" ({lo:.{digits}f} to {hi:.{digits}f})" if 1e-9 < hi - lo < math.inf else "")
 
     return table.assign(**{s: [one(r, s) for _, r in table.iterrows()] for s in scores}).drop(columns=[f"{s} {e}" for s in scores for e in ("lo", "hi")])
 
