@@ -367,13 +367,13 @@ def plot_methods(
     full = table[table["labels"] == table["labels"].max()]
     methods, kinds = list(dict.fromkeys(full["method"])), list(dict.fromkeys(full["features"]))
     width = 0.81 / len(kinds)
-    ax = ax or plt.subplots(figsize=(1.5 + max(1.3, 0.4 + 0.4 * len(kinds)) * len(methods), 3), dpi=80, layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(1.5 + max(1.6, 0.4 + 0.4 * len(kinds)) * len(methods), 3), dpi=80, layout="constrained")[1]
     for i, k in enumerate(kinds):
         part = full[full["features"] == k].set_index("method").reindex(methods)  # no bar where a method has no such features
         bars = np.abs(part[[f"{score} lo", f"{score} hi"]].to_numpy().T - part[score].to_numpy())
         at = np.arange(len(methods)) + width * (i - (len(kinds) - 1) / 2)
         ax.bar(at, part[score], 0.93 * width, yerr=np.where(np.isfinite(bars), bars, 0), capsize=3, label=k)
-    ax.set(xticks=range(len(methods)), xticklabels=[textwrap.fill(m, 16) for m in methods], ylabel=score)
+    ax.set(xticks=range(len(methods)), xticklabels=[textwrap.fill(m, 12) for m in methods], ylabel=score)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
