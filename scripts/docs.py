@@ -40,6 +40,8 @@ LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s]+)((?:\s+\"[^\"]*\")
 
 TWICE = re.compile(r"\[\[([^\[\]]+)\]\([^()\s]+\)\]\(")  # a symbol that nbdev linked inside a link of the author's
 
+NOT_LINKED = {"rgb", "rank", "probe", "finetune", "label_fraction"}  # also a modality, a loss' rank, modes, a parameter: linked on their own page alone
+
 SHOWN = {}  # page -> the symbols that `show_doc` shows on it, as anchors
 
 
@@ -71,6 +73,8 @@ def relink(text, page, folder, cfg, pages):
             own = page.removeprefix("api/")
             if anchor in SHOWN.get(own, set()):  # nbdev takes the first module that has the name, a page means its own
                 name = own
+            if anchor in NOT_LINKED and name != own:
+                return before.lstrip("[").removesuffix("](")
             shown = SHOWN.get(name, set())
             anchor = next((a for a in (anchor, anchor.partition(".")[0]) if a in shown), "")
             return before + relative(name, page) + ("#" + anchor if anchor else "") + after

@@ -12,6 +12,7 @@ import textwrap
 import tokenize
 from dataclasses import dataclass, field
 
+NOQA = re.compile(r"noqa\b(: *[A-Z]+\d+(, *[A-Z]+\d+)*)?(\s+- )?")  # said to the linter, before what is said to the reader
 FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
 EMPTY = {"list": "[]", "dict": "{}", "tuple": "()", "set": "set()"}
 
@@ -50,7 +51,7 @@ class Reader:
         self.source = source
         self.tree = ast.parse(source)
         tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
-        self.comments = {t.start[0]: t.string.lstrip("# ").rstrip() for t in tokens if t.type == tokenize.COMMENT}
+        self.comments = {t.start[0]: NOQA.sub("", t.string.lstrip("# ").rstrip()).strip() for t in tokens if t.type == tokenize.COMMENT}
         self.tokens = [t for t in tokens if t.type == tokenize.OP]
 
     def text(self, node):

@@ -61,6 +61,12 @@ def test_only_annotations_are_types(names):
     assert rows(names, "def f(\n    augment=True, # or an `Augment`\n): pass") == ["| <code>augment</code> |  | <code>True</code> | or an `Augment` |"]
 
 
+def test_what_the_linter_is_told_is_no_description(names):
+    assert names.table(one(names, "def loss(self, out):  # noqa: F811\n    pass"), str) == ""
+    assert "noqa" not in names.markdown(one(names, "def loss(out):  # noqa: F811, E501\n    pass"), "## loss", "")
+    assert rows(names, "def f(out) -> list:  # noqa: F811 - boxes\n    pass")[-1] == "| *returns* | <code>list</code> |  | boxes |"
+
+
 def test_fields_show_what_their_factory_makes(names):
     source = (
         "@dataclass\nclass T:\n    x:float; y:float # m\n    kept:dict = field(default_factory=dict) # none\n"
@@ -113,10 +119,18 @@ def test_every_symbol_of_the_package_is_found_on_its_line(docs):
 
 @pytest.mark.parametrize("page, to", [("evaluate.md", "evaluate.md"), ("api/evaluate.md", "../evaluate.md"), ("demo.md", "cli.md")])
 def test_a_page_means_its_own_symbol(docs, monkeypatch, page, to):
-    monkeypatch.setattr(docs, "SHOWN", {"cli.md": {"probe"}, "evaluate.md": {"probe"}})
+    monkeypatch.setattr(docs, "SHOWN", {"cli.md": {"compare"}, "evaluate.md": {"compare"}})
     cfg = {"doc_host": "https://a.org", "doc_baseurl": "/b"}
-    text = docs.relink("rows of [`probe`](https://a.org/b/cli.html#probe)", page, "nbs", cfg, {})
-    assert text.strip() == f"rows of [`probe`]({to}#probe)"
+    text = docs.relink("rows of [`compare`](https://a.org/b/cli.html#compare)", page, "nbs", cfg, {})
+    assert text.strip() == f"rows of [`compare`]({to}#compare)"
+
+
+def test_plain_words_are_linked_on_their_own_page_alone(docs, monkeypatch):
+    monkeypatch.setattr(docs, "SHOWN", {"cli.md": {"probe"}, "core.md": {"rgb"}})
+    cfg = {"doc_host": "https://a.org", "doc_baseurl": "/b"}
+    text = "the mode [`probe`](https://a.org/b/cli.html#probe) on [`rgb`](https://a.org/b/core.html#rgb)"
+    assert docs.relink(text, "protocol.md", "nbs", cfg, {}).strip() == "the mode `probe` on `rgb`"
+    assert docs.relink(text, "cli.md", "nbs", cfg, {}).strip() == "the mode [`probe`](cli.md#probe) on `rgb`"
 
 
 def test_a_value_shows_all_its_keys(docs):

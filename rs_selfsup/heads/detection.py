@@ -382,7 +382,10 @@ def loss(self: FasterRCNNDetector, out, truth):
 
 
 @patch
-def detect(self: FasterRCNNDetector, out: dict) -> list:  # as of `FCOSDetector`
+def detect(
+    self: FasterRCNNDetector,
+    out: dict,  # of `forward`
+) -> list:  # as of `FCOSDetector`
     "Boxes above the least score, the highest first"
     was = self.training
     self.rpn.eval(), self.roi.eval()
@@ -482,7 +485,7 @@ def decode(self: RotatedFCOS, raw, at, stride):  # (..., 6) -> centre, sides, a 
 
 
 @patch
-def loss(self: RotatedFCOS, out, truth):  # noqa: F811
+def loss(self: RotatedFCOS, out, truth):
     at, stride = self.grid(out)
     pairs = [assign(at, stride, t["boxes"], self.radius) for t in truth]
     box, ctr = (torch.stack(o) for o in zip(*pairs))
@@ -497,9 +500,12 @@ def loss(self: RotatedFCOS, out, truth):  # noqa: F811
     far = 1 - 1 / (1 + kld(p, t).log1p())
     return cls, far.sum() / n, F.binary_cross_entropy_with_logits(out["ctr"][..., 0][hit], ctr[hit], reduction="sum") / n, turn.sum() / n
 
-
+# %% ../../nbs/73_heads.detection.ipynb #42ebde77
 @patch
-def detect(self: RotatedFCOS, out: dict) -> list:  # noqa: F811 - a dict for each image: boxes (n, 5), scores (n,), labels (n,)
+def detect(
+    self: RotatedFCOS,
+    out: dict,  # of `forward`
+) -> list:  # a dict for each image: boxes (n, 5), scores (n,), labels (n,)
     "Boxes above the least score, the highest first"
     (at, stride), (H, W), found = self.grid(out), out["size"].tolist(), []
     scores = (out["cls"].sigmoid() * out["ctr"].sigmoid()).sqrt()
