@@ -572,7 +572,7 @@ def _dealt(r):  # in words: shares of what is in no list
     blocks = [b.get("splits") or {} for b in r.scenes.values()]
     dealt = any("deal" in (b.get("rest"), *(b.get("names") or {}), *(b.get("lists") or {})) for b in blocks) and r.splits["shares"][2] == 0
     left_out = any(b.get("rest") == "none" for b in blocks)  # by the layouts with lists
-    what = "A layout without lists" if left_out else "The published training part" if dealt else "What no published list assigns"
+    what = "A layout without lists" if left_out else "The training part" if dealt else "What no published list assigns"
     return f" {what} is dealt at random: {parts} (seed {r.splits.get('seed', 0)})."
 
 
