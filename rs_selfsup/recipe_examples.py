@@ -324,11 +324,17 @@ def show_example(
     col = lambda v: np.array(v, np.float32)[:, None, None]
     images = {k: x * col(scenes.modalities[k].scales) + col(scenes.modalities[k].offsets) for k, x in images.items()}
     k = len(images) + len(masks)
-    fig, axs = plt.subplots(1, k, figsize=(1.9 * k, 2.15), dpi=72, layout="constrained", squeeze=False)
-    show_modalities(images, scenes.modalities, valid, axs[0][: len(images)])
+    rows = math.ceil(k / 4)
+    cols = math.ceil(k / rows)
+    fig, axs = plt.subplots(rows, cols, figsize=(2.2 * cols, 2.6 * rows), dpi=100, layout="constrained", squeeze=False)
+    fig.get_layout_engine().set(h_pad=0.08)
+    axs = axs.ravel()
+    for ax in axs[k:]: ax.axis("off")
+    show_modalities(images, scenes.modalities, valid, axs[: len(images)])
     for t, b in boxes.items():
-        for m, ax in zip(images, axs[0]): show_boxes(b, ax, class_colors(scenes.targets[t]), factors[m])
-    for (t, x), ax in zip(masks.items(), axs[0][len(images) :]): _show_target(x, scenes.targets[t], t, ax)
+        for m, ax in zip(images, axs): show_boxes(b, ax, class_colors(scenes.targets[t]), factors[m])
+    for (t, x), ax in zip(masks.items(), axs[len(images) :]): _show_target(x, scenes.targets[t], t, ax)
+    for ax in axs: ax.title.set_size(10); ax.xaxis.label.set_size(9)
     return fig
 
 
@@ -338,6 +344,6 @@ def _show_target(x, spec, name, ax):
     look = dict(cmap=ListedColormap(class_colors(spec)), vmin=-0.5, vmax=len(spec.classes) - 0.5, interpolation="nearest")
     if spec.kind == "mask": ax.imshow(np.where(x == 255, np.nan, x), **look)
     else: ax.imshow(x, cmap="viridis")
-    ax.set_title(name, fontsize=8)
-    ax.set_xlabel({"mask": f"{len(spec.classes)} classes"}.get(spec.kind, spec.unit), fontsize=7)
+    ax.set_title(name)
+    ax.set_xlabel({"mask": f"{len(spec.classes)} classes"}.get(spec.kind, spec.unit))
     ax.set(xticks=[], yticks=[])

@@ -413,9 +413,15 @@ def _fetch_one(root, f, keep, progress):
     here = _by_hand(root, f)
     path = verify(here, f) if here else download(f, root / "archives" if f.unpack else root / f.into, progress)
     if f.unpack: unpack(path, root / f.into, f.unpacked)
+    else: _put(path, root / f.into / f.name)
     (root / ".fetched").mkdir(exist_ok=True)
     (root / ".fetched" / f"{f.name}.json").write_text(json.dumps(asdict(f)))
     if f.unpack and not keep: path.unlink()
+
+
+def _put(path, there):  # a plain file where `prepare` looks for it
+    there.parent.mkdir(parents=True, exist_ok=True)
+    if path != there: shutil.move(path, there)
 
 
 def _done(root, f):
@@ -544,8 +550,12 @@ def _how_lines(r, web):  # to get the files
     out = [_words(r.source["by_hand"], web), ""] if r.source.get("by_hand") else []
     steps = [f"rs-selfsup data fetch {name} --root {name}"] if r.files else []
     out += ["```", *steps, f"rs-selfsup data prepare {name} --root {name} --store {name}_store", "```", ""]
-    does = "downloads, checks and unpacks the files" if auto else f"checks and unpacks the archives that lie in `{name}/archives`"
-    if steps: out += [f"`fetch` shows the licence, asks, and {does}; `prepare` finds the scenes and cuts them into a tile store.", ""]
+    cuts = "`prepare` finds the scenes and cuts them into a tile store."
+    if auto: out += [f"`fetch` shows the licence, asks you to accept it, downloads, checks and unpacks the files; {cuts}", ""]
+    elif steps:
+        put = f"Put the files as they came into `{name}/archives`; `fetch` shows the licence, asks you to accept it, checks and unpacks them."
+        out += [f"{put} {cuts} If you have unpacked them yourself, go on with `prepare`.", ""]
+    else: out += [f"All of this goes into the folder `{name}`; {cuts}", ""]
     if r.files: out += ["| file | size | checksum | from |", "|---|---|---|---|"]
     for f in r.files:
         kind = "sha256" if f.sha256 else "md5" if f.md5 else ""
@@ -556,6 +566,16 @@ def _how_lines(r, web):  # to get the files
     return out
 
 # %% ../nbs/16_recipes.ipynb #037a18c3
+def _dealt(r):  # in words: shares of what is in no list
+    if not r.splits.get("shares"): return ""
+    parts = ", ".join(f"{100 * v:g} % {k}" for k, v in zip(SPLITS, r.splits["shares"]))
+    blocks = [b.get("splits") or {} for b in r.scenes.values()]
+    dealt = any("deal" in (b.get("rest"), *(b.get("names") or {}), *(b.get("lists") or {})) for b in blocks) and r.splits["shares"][2] == 0
+    left_out = any(b.get("rest") == "none" for b in blocks)  # by the layouts with lists
+    what = "A layout without lists" if left_out else "The training part" if dealt else "What no published list assigns"
+    return f" {what} is dealt at random: {parts} (seed {r.splits.get('seed', 0)})."
+
+
 def recipe_page(
     r: Recipe,  # to show
     web: bool = False,  # a page of the site: with colours and links; else for a terminal
@@ -569,11 +589,10 @@ def recipe_page(
     facts |= {"Licence": f"{link(w(licence['name']), licence.get('url'))}: {w(licence['terms'])}", "Tiles": f"{r.tile} pixels by default"}
     out = [f"# {w(r.title)}", "", w(r.summary), "", *([picture, ""] if picture else []), *(f"- **{k}**: {v}" for k, v in facts.items() if v)]
     out += ["", "## How to get it", "", *_how_lines(r, web), "", "## What lies where", "", w(r.layout.strip())]
+    if len(r.scenes) > 1: out += ["", "`prepare` takes the first layout that fits the folder; `--layout NAME` takes another."]
     before = {}
     for name, block in r.scenes.items(): out += _layout_lines(name, block, web, before)
-    shares = r.splits.get("shares")
-    dealt = f" Shares of what is dealt to train, val and test: {', '.join(map(str, shares))}; seed {r.splits.get('seed', 0)}." if shares else ""
-    out += ["## Splits", "", w(r.splits["about"]) + dealt]
+    out += ["## Splits", "", w(r.splits["about"]) + _dealt(r)]
     for title, lines in (("To know", r.quirks), ("Read from", r.checked), ("Not verified", r.unverified)):
         if lines: out += ["", f"## {title}", "", *(f"- {w(l)}" for l in lines)]
     return "\n".join(out) + "\n"
@@ -584,7 +603,7 @@ HEADINGS = dict(zip(TASKS, ("Pre-training", "Scene classification", "Segmentatio
 
 
 def _index_row(r, task, link):
-    block = max(r.scenes.values(), key=lambda b: len(b["modalities"]))
+    block = next(iter(r.scenes.values()))  # the default
     mods = [parse_modality(k, v) for k, v in block["modalities"].items()]
     kind = dict(segmentation="mask", change="mask", detection="boxes").get(task)
     targets = [t for b in r.scenes.values() for t in (b.get("targets") or {}).values() if t["kind"] == kind]

@@ -313,6 +313,7 @@ DATASETS = """# Datasets
 What the package knows of public datasets: terms, files, bands, classes, splits. `rs-selfsup data list` shows the names for the command line,
 `rs-selfsup data prepare` makes a tile store of the files ([how recipes work]({recipes})). Terms and facts are as they were read when a recipe
 was written; **unverified** counts what nobody could check, each page names it. A dataset that serves several tasks stands in several tables.
+Sensors and GSD are those of its first layout. "-" under classes: the recipe lists no classes for this task.
 The recipes are YAML files in [data_recipes]({folder}).
 
 """
@@ -357,7 +358,7 @@ def dataset_picture(r, page):
     plt.close(fig)
     masks = any(t["kind"] == "mask" for t in (r.scenes[layout].get("targets") or {}).values())
     caption = CAPTION.format(title=r.title, examples=relative(page_of(NBS / "17_recipe_examples.ipynb"), page))
-    caption += " The last row of a mask holds all codes in turn." * masks
+    caption += " The last row of a mask holds all codes in turn." * masks + f" Layout: `{layout}`." * (len(r.scenes) > 1)
     return f"![Generated picture in the layout of {r.title}]({r.name}.png){{ .nb-picture }}\n\n{caption}\n{{ .caption }}"
 
 

@@ -463,6 +463,16 @@ def test_fetch_unpacks_once_and_takes_what_was_put_there_by_hand(toy, tmp_path):
     assert json.loads((tmp_path / "d/.fetched/a.zip.json").read_text())["name"] == "a.zip"
 
 
+@pytest.mark.parametrize("where", ["archives", ".", "lists"])
+def test_a_plain_file_that_was_put_there_by_hand_goes_to_its_place(toy, tmp_path, where):
+    toy.files = toy.files[1:]
+    (tmp_path / where).mkdir(exist_ok=True)
+    (tmp_path / where / "list.txt").write_text("names")
+    fetch(toy, tmp_path, accepted=True)
+    assert (tmp_path / "lists/list.txt").read_text() == "names"
+    assert [p for p in left(tmp_path) if p.endswith("list.txt")] == ["lists/list.txt"]
+
+
 def test_fetch_checks_what_was_put_there_by_hand(toy, tmp_path):
     toy.files = [RecipeFile("a.zip", md5="0" * 32)]
     make_zip(tmp_path / "a.zip", {"x.txt": b"1"})
