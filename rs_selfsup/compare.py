@@ -373,7 +373,7 @@ def plot_methods(
         bars = np.abs(part[[f"{score} lo", f"{score} hi"]].to_numpy().T - part[score].to_numpy())
         at = np.arange(len(methods)) + width * (i - (len(kinds) - 1) / 2)
         ax.bar(at, part[score], 0.93 * width, yerr=np.where(np.isfinite(bars), bars, 0), capsize=3, label=k)
-    ax.set(xticks=range(len(methods)), xticklabels=[textwrap.fill(m, 12) for m in methods], ylabel=score)
+    ax.set(xticks=range(len(methods)), xticklabels=[textwrap.fill(m, 14, break_long_words=False) for m in methods], ylabel=score)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 

@@ -306,13 +306,16 @@ def plot_table(
     "Score against the fraction of labels, a line per kind of features, the interval as a bar."
     import matplotlib.pyplot as plt
 
-    ax = ax or plt.subplots(figsize=(5, 3), dpi=80)[1]
+    ax = ax or plt.subplots(figsize=(6.5, 3), dpi=80, layout="constrained")[1]
     for name, part in table.groupby("features", sort=False):
         y = part[score].to_numpy()
         bars = np.abs(np.stack([part[f"{score} lo"], part[f"{score} hi"]]) - y)
         ax.errorbar(part["labels"] * 100, y, np.where(np.isfinite(bars), bars, 0), marker="o", capsize=3, label=name)
-    ax.set(xscale="log", xlabel="labels used (%)", ylabel=score)
-    ax.legend(frameon=False)
+    shares = sorted(100 * table["labels"].unique())
+    ax.set(xscale="log", xlabel="labels used", ylabel=score)
+    ax.set_xticks(shares, [f"{s:g} %" for s in shares])
+    ax.set_xticks([], minor=True)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 # %% ../nbs/62_evaluate.ipynb #0000002b
